@@ -1,0 +1,114 @@
+"""Checkpoints: weights, positions and optimiser of a step, saved whole or not at all, and loaded.
+
+A checkpoint is written under a temporary name, fsynced and renamed, so one that has its final name is complete.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config import GPTConfig, UserError
+from model import GPT
+from runfolder import TrainState, complete, fsync, point, read_state, step_folder
+
+POSITIONS = "positions."  # prefix of the positions among the tensors of model.safetensors
+
+
+def save(
+    run: Path,
+    model: GPT,
+    positions: dict[str, np.ndarray],
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    record: dict[str, Any],
+) -> Path:
+    """Write the checkpoint of state.step and make it `last`, and `best` where it is. `record` is kept in state.json."""
+    final = step_folder(run, state.step)
+    if not final.exists():
+        part = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        del tensors["lm_head.weight"]  # tied: it is transformer.wte.weight
+        tensors |= {POSITIONS + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        content = {**record, "train_state": dataclasses.asdict(state)}
+        (part / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for path in (*part.iterdir(), part):
+            fsync(path)
+        part.rename(final)
+        fsync(final.parent)
+    point(run / "last", final)
+    if state.best_step == state.step:
+        point(run / "best", final)
+    return final
+
+
+def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """Weights by name, without the tied head, and positions by sheet, of a checkpoint."""
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise UserError(
+            f"checkpoint {folder} is damaged: model.safetensors: {error}; use another checkpoint"
+        ) from None
+    positions = {
+        name.removeprefix(POSITIONS): t.numpy().astype(np.int64)
+        for name, t in tensors.items()
+        if name.startswith(POSITIONS)
+    }
+    return {name: t for name, t in tensors.items() if not name.startswith(POSITIONS)}, positions
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, device: torch.device) -> None:
+    """Moments and step counts from a checkpoint; learning rate, betas and decay stay as configured now."""
+    try:
+        saved = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        raise UserError(
+            f"checkpoint {folder} is damaged: optimizer.pt: {error}; use another checkpoint"
+        ) from None
+    optimizer.load_state_dict(
+        {"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+class LoadedRun(NamedTuple):
+    model: GPT  # in eval mode
+    positions: dict[str, np.ndarray]  # sheet -> (n_units, 2)
+    state: dict[str, Any]  # state.json
+    folder: Path  # of the checkpoint
+
+
+def load_run(run: Path, which: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
+    """Load a run's model; `which` is best, last or step-N."""
+    if not run.is_dir():
+        raise UserError(f"run {run} does not exist; give the folder of a run, such as out/NAME")
+    if which.startswith("step-"):
+        folder = step_folder(run, int(which[5:])) if which[5:].isdigit() else run / "checkpoints" / which
+    elif which in ("best", "last"):
+        folder = run / which
+    else:
+        raise UserError(f"checkpoint = {which} is not best, last or step-N")
+    if not folder.is_dir():
+        there = ", ".join(p.name for p in complete(run)) or "none"
+        raise UserError(f"run {run} has no checkpoint {which}; it has: {there}")
+    state = read_state(folder)
+    model = GPT(GPTConfig(**state["config"]["model"]))
+    weights, positions = load_tensors(folder)
+    load_weights(model, weights)
+    return LoadedRun(model.to(device).eval(), positions, state, folder.resolve())

@@ -1,0 +1,115 @@
+"""Everything that knows about several processes: who I am, which device is mine, and sums over all ranks.
+
+Elsewhere only `ranks.world`, `ranks.is_main`, `ranks.sum` and the like appear; every rank calls them in the same order.
+"""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from config import UserError
+
+# Dense bf16 tensor-core operations per second, from the makers' data sheets; the first name that fits counts.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks, on whichever device x lies."""
+        if self.world > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        return self.sum(x) / self.world  # gloo has no mean of its own
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on some rank. Travels between CPUs: the GPUs are not waited for."""
+        return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag))))
+
+    def barrier(self) -> None:
+        self.any(False)
+
+    @property
+    def device_name(self) -> str:
+        return (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else self.device.type.upper()
+        )
+
+    @property
+    def peak_flops(self) -> float | None:
+        """bf16 operations per second of all devices together; None where the device is not in the table."""
+        found = [peak for name, peak in PEAK_FLOPS.items() if name in self.device_name]
+        return self.world * found[0] if found and self.device.type == "cuda" else None
+
+    def peak_memory(self) -> float:
+        """Largest memory this process has used, in bytes: of the GPU where there is one, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used * 1024
+
+
+@contextmanager
+def start(device: str = "auto") -> Iterator[Ranks]:
+    """Join the process group that torchrun or SLURM describes in the environment; a process of its own otherwise."""
+    device = pick_device(device)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                "give torchrun a smaller --nproc_per_node"
+            )
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield Ranks(rank, world, torch.device(device))
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def pick_device(wanted: str) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, is_there in there.items() if is_there)
+    if not there[wanted]:
+        raise UserError(
+            f"device = {wanted} is not there; this machine has {', '.join(d for d in there if there[d])}"
+        )
+    return wanted

@@ -1,0 +1,87 @@
+"""What a sheet shows: maps of single tokens, their Moran's I, and pictures of all sheets."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import topo
+from model import GPT
+
+
+@torch.no_grad()
+def token_maps(
+    model: GPT, tokens: Tensor, positions: Mapping[str, np.ndarray], n_maps: int
+) -> dict[str, np.ndarray]:
+    """Activations of n_maps tokens of one text, evenly spaced over it, on the grid: sheet -> (n_maps, h, w).
+
+    Args:
+        tokens: (T,) int64.
+        positions: sheet -> (n_units, 2).
+    """
+    training = model.training
+    model.eval()
+    named = model(tokens[None].to(model.device), activations=True, last_only=True).activations
+    model.train(training)
+    chosen = np.linspace(0, len(tokens) - 1, min(n_maps, len(tokens))).round().astype(int)
+    return {
+        sheet: topo.on_grid(named[sheet][0, chosen].float().cpu().numpy(), p)
+        for sheet, p in positions.items()
+    }
+
+
+def mean_morans_i(maps: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Moran's I (queen, row-standardised) of each sheet, averaged over its maps; 0 for maps without variance."""
+    return {sheet: float(np.nan_to_num(topo.morans_i(grids)).mean()) for sheet, grids in maps.items()}
+
+
+def save_arrays(path: Path, maps: Mapping[str, np.ndarray]) -> None:
+    """Keep maps, so that a picture can be redrawn."""
+    np.savez_compressed(path, **{sheet: grids.astype(np.float32) for sheet, grids in maps.items()})
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def draw(
+    path: Path, columns: Sequence[tuple[str, Mapping[str, np.ndarray]]], title: str, map_index: int = -1
+) -> None:
+    """Draw one map of every sheet; several columns ("before", "after") stand side by side.
+
+    Each map is standardised, and all share one colour scale.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = len(columns[0][1]) // 2
+    across = (
+        2 if len(columns) > 1 or layers <= 4 else 6
+    )  # cells of a row: attn and mlp, once or for three layers
+    per_row = across // 2
+    rows = -(-layers // per_row)
+    figure = Figure(figsize=(1.25 * across * len(columns) + 1.2, 1.38 * rows + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, (label, maps) in zip(parts, columns, strict=True):
+        morans = np.mean(list(mean_morans_i(maps).values()))
+        part.suptitle(
+            f"{label}: mean Moran's I {morans:.2f}" if label else f"mean Moran's I {morans:.2f}", fontsize=9
+        )
+        axes = part.subplots(rows, across, squeeze=False)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for i, (sheet, grids) in enumerate(maps.items()):
+            grid = grids[map_index]
+            z = (grid - grid.mean()) / (grid.std() or 1.0)
+            axis = axes[i // across, i % across]
+            image = axis.imshow(z, cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
+            axis.set_title(sheet, fontsize=7, pad=2)
+    figure.suptitle(title, fontsize=10)
+    bar = figure.colorbar(image, ax=[a for p in parts for a in p.axes], shrink=0.5, aspect=30)
+    bar.set_label("activation (standard deviations)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.savefig(path, dpi=130)

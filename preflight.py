@@ -1,0 +1,93 @@
+"""What can be said of a run before torch is imported: is the data there and whole, is the folder free, does it divide.
+
+`check` changes nothing on disk, but for making out_dir.
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import TrainConfig, UserError
+from data import Corpus, open_corpus
+from runfolder import newest, read_state
+
+
+class Checked(NamedTuple):
+    train: Corpus
+    val: Corpus
+    resume_from: Path | None  # checkpoint to continue from
+
+
+def check(cfg: TrainConfig) -> Checked:
+    """Raise UserError for what would stop the run later on; open the data."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_batch_size(cfg, world)
+    train, val = (
+        open_corpus(getattr(cfg, key), key=key, vocab_size=cfg.model.vocab_size, verify=rank == 0)
+        for key in ("train_data_dir", "val_data_dir")
+    )
+    for corpus in (train, val):
+        corpus.n_windows(cfg.model.block_size)  # raises where the corpus is shorter than one
+    if rank == 0:
+        check_run_folder(cfg)
+    folder = newest(Path(cfg.out_dir) / cfg.run_name) if cfg.resume else None
+    if rank == 0 and folder is not None:
+        check_same_run(cfg, read_state(folder), train.fingerprint, val.fingerprint)
+    return Checked(train, val, folder)
+
+
+def check_batch_size(cfg: TrainConfig, world: int) -> None:
+    per_micro_step = cfg.per_device_batch_size * world
+    if cfg.batch_size % per_micro_step:
+        nearest = max(1, round(cfg.batch_size / per_micro_step)) * per_micro_step
+        raise UserError(
+            f"batch_size = {cfg.batch_size} is not a multiple of per_device_batch_size = {cfg.per_device_batch_size} x "
+            f"{world} process{'es' if world > 1 else ''}; the nearest that is: --batch_size {nearest}"
+        )
+
+
+def check_run_folder(cfg: TrainConfig) -> None:
+    out, run = Path(cfg.out_dir), Path(cfg.out_dir) / cfg.run_name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run if run.is_dir() else out):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"out_dir = {out} cannot be written: {error.strerror}; choose another --out_dir"
+        ) from None
+    if cfg.resume and not run.is_dir():
+        there = ", ".join(sorted(p.name for p in out.iterdir() if p.is_dir())) or "none"
+        raise UserError(
+            f"resume: there is no run {run} (runs there: {there}); leave out --resume to start it"
+        )
+    if not cfg.resume and not cfg.overwrite and run.exists():
+        raise UserError(
+            f"run_name = {cfg.run_name}: {run} exists; continue it with --resume, delete it with --overwrite, or choose "
+            "another --run_name"
+        )
+
+
+def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str) -> None:
+    """Refuse to continue a run with another model, topography, data or order of the data."""
+    for section in ("model", "topo"):
+        for key, now in dataclasses.asdict(getattr(cfg, section)).items():
+            refuse_change(f"{section}.{key}", saved["config"][section].get(key), now)
+    for key in ("seed", "batch_size"):
+        refuse_change(key, saved["config"][key], getattr(cfg, key))
+    for key, now in (("train_data_dir", train), ("val_data_dir", val)):
+        if saved["data"][key] != now:
+            raise UserError(
+                f"resume: {key} holds other tokens than the run was started with (fingerprint {now[:12]}, was "
+                f"{saved['data'][key][:12]}); give the old data, or start a new run with another --run_name"
+            )
+
+
+def refuse_change(key: str, was: Any, now: Any) -> None:
+    if was != now:
+        raise UserError(
+            f"resume: {key} = {now}, but the run was started with {was}; give the old value, or start a new run with "
+            "another --run_name"
+        )

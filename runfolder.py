@@ -1,0 +1,109 @@
+"""The run folder: its layout, and files that are whole or not there.
+
+    out/RUN/config.yaml  provenance.json  metrics.jsonl  log.txt  maps/
+    out/RUN/checkpoints/step-000500/   model.safetensors, optimizer.pt, state.json (checkpoint.py)
+    out/RUN/best, out/RUN/last         links to two of them
+
+Nothing here imports torch, so that preflight.py can look into a run at once.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import UserError
+
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "state.json")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: everything the loop carries from step to step besides weights and optimiser."""
+
+    step: int = 0  # optimiser steps done
+    best_cross_entropy: float | None = None  # lowest validation cross-entropy of a saved step
+    best_step: int | None = None
+    last_cross_entropy: float | None = None  # of the last evaluation
+    increases: int = 0  # evaluations in a row at which it rose
+    evaluated_at: int | None = None  # step of the last evaluation
+    skipped_in_a_row: int = 0  # steps skipped for a non-finite gradient
+    wandb_id: str | None = None
+
+    def update(self, cross_entropy: float) -> bool:
+        """Take in an evaluation; return whether it is the best so far. NaN is an increase and never the best."""
+        rose = self.last_cross_entropy is not None and not cross_entropy <= self.last_cross_entropy
+        self.increases = self.increases + 1 if rose else 0
+        self.last_cross_entropy, self.evaluated_at = cross_entropy, self.step
+        best = cross_entropy == cross_entropy and (
+            self.best_cross_entropy is None or cross_entropy < self.best_cross_entropy
+        )
+        if best:
+            self.best_cross_entropy, self.best_step = cross_entropy, self.step
+        return best
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: config, data fingerprint, train_state."""
+    missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"checkpoint {folder} is incomplete: {missing[0]} is missing; use another checkpoint")
+    try:
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint {folder} is damaged: state.json: {error}; use another checkpoint"
+        ) from None
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Delete all checkpoints but the newest keep_last and `best`, and what killed runs left half written."""
+    best = (run / "best").resolve()
+    for old in complete(run)[:-keep_last]:
+        if old != best:
+            doomed = old.with_name(f".{old.name}.tmp")
+            old.rename(doomed)  # so that a kill in the middle of the deletion leaves no half checkpoint
+    for doomed in (run / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(doomed)
+
+
+def complete(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(
+        (run / "checkpoints").resolve().glob("step-*"), key=lambda p: int(p.name.removeprefix("step-"))
+    )
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint to resume from."""
+    return (complete(run) or [None])[-1]
+
+
+def point(link: Path, target: Path) -> None:
+    """Set a relative link, atomically."""
+    part = link.with_name(f".{link.name}.tmp")
+    part.unlink(missing_ok=True)
+    part.symlink_to(os.path.relpath(target, link.parent))
+    part.replace(link)
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    fsync(part)
+    part.replace(path)

@@ -1,0 +1,137 @@
+"""What a run writes down: metrics.jsonl (the record), log.txt, lines or a bar on the screen, and wandb as a copy."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from config import TrainConfig
+from runfolder import write_text
+
+
+def duration(seconds: float) -> str:
+    """1h05m, 3m20s or 12s."""
+    m, s = divmod(round(seconds), 60)
+    h, m = divmod(m, 60)
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+class RunLog:
+    """Writes on the main rank; on the others every call does nothing."""
+
+    def __init__(self, run: Path, *, is_main: bool, step: int, max_steps: int) -> None:
+        """Open the log of a run at `step`; records that a killed run wrote beyond it are dropped."""
+        self.is_main, self.run = is_main, run
+        self.wandb: Any = None
+        self.said: set[str] = set()
+        if not is_main:
+            return
+        metrics = run / "metrics.jsonl"
+        if metrics.exists():
+            lines = [
+                line for line in metrics.read_text(encoding="utf-8").splitlines(True) if is_up_to(line, step)
+            ]
+            write_text(metrics, "".join(lines))
+        self.metrics = metrics.open("a", encoding="utf-8")
+        self.text = (run / "log.txt").open("a", encoding="utf-8")
+        self.bar = tqdm(
+            total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it in log.txt."""
+        if self.is_main:
+            self.write(line)
+            if self.bar.disable:
+                print(line, flush=True)
+            else:
+                self.bar.write(line)
+
+    def say_once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
+
+    def write(self, line: str) -> None:
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self.text.flush()
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Append one JSON object to metrics.jsonl, and copy its numbers to wandb."""
+        if not self.is_main:
+            return
+        self.metrics.write(json.dumps(values) + "\n")
+        self.metrics.flush()
+        if self.wandb is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+            self.mirror(
+                lambda: self.wandb.log(
+                    {f"{values['split']}/{k}": v for k, v in numbers.items()}, values["step"]
+                )
+            )
+
+    def advance(self, step: int, line: str) -> None:
+        """Move the bar to `step`, or print the line where nobody watches a bar."""
+        if not self.is_main:
+            return
+        if self.bar.disable:
+            self.say(line)
+        else:
+            self.write(line)
+            self.bar.set_postfix_str(line.partition("  ")[2], refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def start_wandb(self, cfg: TrainConfig, run_id: str | None) -> str | None:
+        """Start the copy on wandb and return the run's id there; a failure is said and does no harm."""
+        if not self.is_main:
+            return run_id
+
+        def begin() -> str:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=cfg.wandb_project,
+                name=cfg.run_name,
+                id=run_id,
+                resume="allow",
+                config=dataclasses.asdict(cfg),
+                dir=str(self.run),
+            )
+            return self.wandb.id
+
+        return self.mirror(begin) or run_id
+
+    def mirror(self, call: Any) -> Any:
+        """Do something with wandb; where it fails, say so once and go on without it."""
+        try:
+            return call()
+        except Exception as error:  # wandb may fail in any way it likes; the run must not
+            self.wandb = None
+            self.say(
+                f"wandb: {type(error).__name__}: {error}; going on without it, metrics.jsonl has everything"
+            )
+            return None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.is_main:
+            self.bar.close()
+            if self.wandb is not None:
+                self.mirror(self.wandb.finish)
+            self.metrics.close()
+            self.text.close()
+
+
+def is_up_to(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and belongs to the first `step` steps."""
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:
+        return False  # cut off by a kill

@@ -1,0 +1,157 @@
+"""Spatial losses: what pulls units that lie close together on a sheet towards firing together.
+
+`TopoLMLoss` is TopoLM's loss (Rathi et al. 2025, equations 1-2; arXiv 2410.11516): in each neighbourhood of a sheet the
+correlations r between units over the batch's tokens should follow their inverse distances d: (1 - corr(r, d)) / 2.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import rng
+import topo
+from config import TopoConfig
+
+TINY = 1e-12  # variances below this count as zero: a unit without variance correlates with nothing
+
+
+def weight_at(cfg: TopoConfig, step: int, max_steps: int) -> float:
+    """Weight of the spatial loss at an optimiser step: constant, linear warm-up from 0, or cosine decay to 0."""
+    if cfg.weight_schedule == "linear":
+        return cfg.weight * min(1.0, (step + 1) / max(1, cfg.weight_warmup_steps))
+    if cfg.weight_schedule == "cosine":
+        return cfg.weight * 0.5 * (1 + np.cos(np.pi * min(1.0, step / max_steps)))
+    return cfg.weight
+
+
+class TopoLMLoss(nn.Module):
+    """TopoLM's loss for a fixed set of sheets, each with its own positions."""
+
+    def __init__(self, cfg: TopoConfig, positions: Mapping[str, np.ndarray]) -> None:
+        """positions: sheet name -> (n_units, 2) grid coordinates."""
+        super().__init__()
+        self.positions = dict(positions)
+        self.sheets = list(positions)
+        self.per_sheet = cfg.neighbourhoods
+        n_units = len(next(iter(positions.values())))
+        cells = topo.neighbourhood_cells(*topo.grid_shape(n_units), cfg.radius)  # (neighbourhoods, U)
+        units = np.stack([topo.units_by_cell(p)[cells] for p in positions.values()])
+        self.n_neighbourhoods = len(cells)
+        target = topo.inverse_distances(cfg.radius, cfg.distance)
+        self.register_buffer("units", torch.from_numpy(units), persistent=False)  # (S, neighbourhoods, U)
+        self.register_buffer(
+            "target", standardised_pairs(torch.from_numpy(target)), persistent=False
+        )  # (U, U)
+
+    def choose(self, seed: int, step: int, micro_batch: int) -> Tensor:
+        """Neighbourhoods of one micro-batch, (S, K) int64 on the loss's device: a pure function of its place in the run.
+
+        micro_batch is the index in the global batch, so the number of ranks changes nothing.
+        """
+        n = self.n_neighbourhoods
+        if self.per_sheet == 0 or self.per_sheet >= n:
+            return torch.arange(n, device=self.units.device).expand(len(self.sheets), n)
+        draws = rng.raw(len(self.sheets) * n, seed, "neighbourhoods", step, micro_batch).reshape(-1, n)
+        chosen = torch.from_numpy(np.argsort(draws, axis=1, kind="stable")[:, : self.per_sheet].copy())
+        if self.units.is_cuda:
+            chosen = chosen.pin_memory()  # so that the copy need not wait
+        return chosen.to(self.units.device, non_blocking=True)
+
+    def forward(self, activations: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
+        """Loss of each sheet, (S,): the mean over its chosen neighbourhoods.
+
+        Args:
+            activations: sheet name -> (B, T, n_units), any float dtype.
+            chosen: (S, K) int64, from `choose`.
+        """
+        sheets = [activations[name].flatten(0, -2) for name in self.sheets]  # (N, C) each
+        units = self.units.gather(1, chosen[..., None].expand(-1, -1, self.units.shape[-1]))  # (S, K, U)
+        target = self.target.to(torch.promote_types(sheets[0].dtype, torch.float32))
+        return torch.stack(
+            [NeighbourhoodLoss.apply(x, u, target) for x, u in zip(sheets, units, strict=True)]
+        )
+
+
+class NeighbourhoodLoss(torch.autograd.Function):
+    """Mean loss over neighbourhoods of one sheet, with the gradient written out.
+
+    The loss depends on the activations through Gram matrices alone, so its gradient is known at the end of the forward
+    pass: dL/dX = X M, with M of the Gram matrix's shape. A few neighbourhoods gather their columns of X and take a Gram
+    matrix each (U x U); where they would gather more columns than there are, all read one Gram matrix of the whole sheet
+    (C x C) instead. Statistics are fp32 or wider, also under autocast.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, units: Tensor, target: Tensor) -> Tensor:
+        """x: (N, C) activations; units: (K, U) columns of x; target: (U, U) from standardised_pairs. Returns a scalar."""
+        k, u = units.shape
+        ctx.shape, ctx.dtype, ctx.gather = x.shape, x.dtype, k * u <= x.shape[1]
+        if ctx.gather:
+            columns = x.index_select(1, units.flatten()).to(target.dtype)  # (N, K * U)
+            columns = columns - columns.mean(0)
+            by_neighbourhood = columns.view(-1, k, u).transpose(0, 1)  # (K, N, U)
+            loss, coefficients = correlation_loss(
+                torch.bmm(by_neighbourhood.transpose(1, 2), by_neighbourhood), target
+            )
+        else:
+            columns = x.to(target.dtype)  # (N, C)
+            columns = columns - columns.mean(0)
+            pairs = units[:, :, None], units[:, None, :]
+            sheet = columns.T @ columns
+            loss, each = correlation_loss(sheet[pairs], target)
+            coefficients = torch.zeros_like(sheet).index_put_(pairs, each, accumulate=True)
+        ctx.save_for_backward(columns, units, coefficients / k)
+        return loss.mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        columns, units, coefficients = ctx.saved_tensors
+        if not ctx.gather:
+            return (columns @ (grad * coefficients)).to(ctx.dtype), None, None
+        k, u = units.shape
+        by_neighbourhood = columns.view(-1, k, u).transpose(0, 1)
+        dx = torch.bmm(by_neighbourhood, grad * coefficients).transpose(0, 1).reshape(-1, k * u)  # (N, K * U)
+        out = torch.zeros(ctx.shape, dtype=dx.dtype, device=dx.device)
+        return out.index_add_(1, units.flatten(), dx).to(ctx.dtype), None, None
+
+
+def correlation_loss(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of neighbourhoods from their Gram matrices, and the matrix that turns activations into gradients.
+
+    Args:
+        gram: (K, U, U) products of centred activations, X^T X.
+        target: (U, U) from standardised_pairs.
+
+    Returns:
+        loss (K,) = (1 - corr(r, d)) / 2 over pairs of units, and M (K, U, U) with dloss/dX = X M. From r_ij = G_ij /
+        (s_i s_j) with s_i^2 = G_ii and e = dloss/dr: M_ij = e_ij / (s_i s_j), M_ii = -sum_j e_ij r_ij / s_i^2.
+    """
+    variance = gram.diagonal(dim1=-2, dim2=-1)
+    alive = (variance > TINY).to(gram.dtype)
+    scale = alive * variance.clamp_min(TINY).rsqrt()  # 1 / s_i, (K, U)
+    scales = scale[:, :, None] * scale[:, None, :]
+    off_diagonal = 1 - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    r = gram * scales * off_diagonal
+    centred = (r - r.sum((-2, -1), keepdim=True) / off_diagonal.sum()) * off_diagonal
+    norm = centred.square().sum((-2, -1), keepdim=True).sqrt().clamp_min(TINY)
+    centred = centred / norm
+    corr = (centred * target).sum((-2, -1), keepdim=True)
+    e = (
+        corr * centred - target
+    ) / norm  # dloss/dr_ij of a pair: -1/2, twice, as the sums hold both triangles
+    diagonal = -(e * r).sum(-1) * scale.square()
+    return (1 - corr[:, 0, 0]) / 2, e * scales + torch.diag_embed(diagonal)
+
+
+def standardised_pairs(d: Tensor) -> Tensor:
+    """Off-diagonal entries of (U, U) with mean 0 and norm 1, zeros on the diagonal; both triangles count."""
+    off_diagonal = 1 - torch.eye(len(d), dtype=d.dtype)
+    d = (d - (d * off_diagonal).sum() / off_diagonal.sum()) * off_diagonal
+    return d / d.norm()
+
+
+def sheet_positions(cfg: TopoConfig, sheets: Sequence[str], n_units: int) -> dict[str, np.ndarray]:
+    """Positions of every sheet, each (n_units, 2)."""
+    return {name: topo.positions(cfg.positions, n_units, cfg.seed, name) for name in sheets}

@@ -1,0 +1,88 @@
+"""Sheets: where the units of a layer lie, which of them are neighbours, and how map-like a pattern on them is.
+
+Each branch of each block is a sheet of its own ("layer.3.attn", "layer.3.mlp"): n_embd units on an h x w grid. This
+file needs numpy alone, so that anyone can read a map without torch; the losses on sheets are in spatial.py.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+import rng
+
+
+def grid_shape(n_units: int) -> tuple[int, int]:
+    """Height and width of the most nearly square grid that holds n_units: 784 -> (28, 28), 3072 -> (48, 64)."""
+    h = next(h for h in range(int(n_units**0.5), 0, -1) if n_units % h == 0)
+    return h, n_units // h
+
+
+def positions(kind: Literal["permuted", "identity"], n_units: int, seed: int, sheet: str) -> np.ndarray:
+    """Row and column of each unit of a sheet, (n_units, 2) int64; every cell of the grid holds one unit.
+
+    permuted: a random permutation, fixed before training and never changed (TopoLM, section 3); a pure function of
+    seed and the sheet's name. identity: unit i lies in cell i, row by row.
+    """
+    cells = np.arange(n_units) if kind == "identity" else rng.permutation(n_units, seed, "positions", sheet)
+    return np.stack(np.divmod(cells, grid_shape(n_units)[1]), axis=1)
+
+
+def units_by_cell(position: np.ndarray) -> np.ndarray:
+    """Which unit lies in each cell of the grid, row by row: the inverse of positions, (n_units,) int64."""
+    w = grid_shape(len(position))[1]
+    units = np.argsort(position[:, 0] * w + position[:, 1], kind="stable")
+    cells = position[units]
+    if not np.array_equal(cells[:, 0] * w + cells[:, 1], np.arange(len(position))):
+        raise ValueError("positions must put exactly one unit in every cell of the grid")
+    return units
+
+
+def on_grid(values: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Lay values of units, (..., n_units), on their grid, (..., h, w)."""
+    return values[..., units_by_cell(position)].reshape(*values.shape[:-1], *grid_shape(len(position)))
+
+
+def neighbourhood_cells(h: int, w: int, radius: int) -> np.ndarray:
+    """Cells of every neighbourhood, (n, side * side) int64 with side = 2 * radius - 1.
+
+    A neighbourhood is the cells at linf distance < radius of a centre whose square lies inside the grid (TopoLM,
+    section 3): radius 5 on 28x28 gives 400 squares of 9x9.
+    """
+    side = 2 * radius - 1
+    if side > min(h, w):
+        raise ValueError(
+            f"neighbourhoods of {side}x{side} do not fit the {h}x{w} sheet; the radius is too large"
+        )
+    top, left = np.divmod(np.arange((h - side + 1) * (w - side + 1)), w - side + 1)
+    row, column = np.divmod(np.arange(side * side), side)
+    return (top[:, None] + row) * w + left[:, None] + column
+
+
+def inverse_distances(radius: int, norm: Literal["l2", "l1", "linf"] = "l2") -> np.ndarray:
+    """1 / (1 + distance) between the cells of a neighbourhood, (side**2, side**2) float64.
+
+    TopoLM's released code measures distance by l2; its paper says linf.
+    """
+    side = 2 * radius - 1
+    cells = np.stack(np.divmod(np.arange(side * side), side), axis=1).astype(float)
+    distance = np.linalg.norm(cells[:, None] - cells, ord={"l2": 2, "l1": 1, "linf": np.inf}[norm], axis=-1)
+    return 1 / (1 + distance)
+
+
+def morans_i(grids: np.ndarray, contiguity: Literal["queen", "rook"] = "queen") -> np.ndarray:
+    """Moran's I of maps (..., h, w) with row-standardised weights: (...), NaN for a constant map.
+
+    I = sum_i z_i * mean of z over i's neighbours / sum_i z_i**2, with z the deviations from the map's mean (Moran 1950).
+    About 0 for noise, towards 1 for smooth maps, -1 for a checkerboard under rook contiguity.
+    """
+    z = grids.astype(float) - grids.mean(axis=(-2, -1), keepdims=True, dtype=float)
+    *_, h, w = z.shape
+    padding = [(0, 0)] * (z.ndim - 2) + [(1, 1), (1, 1)]
+    padded, inside = np.pad(z, padding), np.pad(np.ones((h, w)), 1)
+    steps = [(i, j) for i in (0, 1, 2) for j in (0, 1, 2) if (i, j) != (1, 1)]
+    if contiguity == "rook":
+        steps = [(i, j) for i, j in steps if 1 in (i, j)]
+    lag = sum(padded[..., i : i + h, j : j + w] for i, j in steps)
+    lag = lag / sum(inside[i : i + h, j : j + w] for i, j in steps)
+    with np.errstate(invalid="ignore"):
+        return (z * lag).sum(axis=(-2, -1)) / (z * z).sum(axis=(-2, -1))

@@ -1,0 +1,372 @@
+"""Pretrain a GPT whose units lie on a sheet.
+
+    python train.py configs/debug.yaml --run_name my_experiment                      # one GPU, or the CPU
+    torchrun --standalone --nproc_per_node=4 train.py configs/topolm.yaml --run_name topolm --wandb
+    python train.py configs/topolm.yaml --run_name topolm --resume                   # continue, bit for bit
+
+All settings are in config.py and in --help; what lies in the folder of a run, out/RUN, is in runfolder.py.
+"""
+
+import sys
+
+import preflight
+from config import TrainConfig, UserError, parse, to_yaml, user_errors
+
+if __name__ == "__main__":  # answer --help and mistakes at once: importing torch takes seconds
+    with user_errors():
+        cfg = parse(TrainConfig, sys.argv[1:], prog="train.py")
+        preflight.check(cfg)
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import distributed
+import provenance
+import rng
+import runfolder
+import topo
+from data import TokenLoader
+from distributed import Ranks
+from model import GPT, sheet_names
+from optim import build_optimizer, lr_at
+from runfolder import TrainState
+from runlog import RunLog, duration
+from spatial import TopoLMLoss, sheet_positions, weight_at
+from validation import evaluate, report
+
+
+class Objective(nn.Module):
+    """The model and the spatial loss on its sheets: what is compiled, and what DDP wraps."""
+
+    def __init__(self, model: GPT, spatial: TopoLMLoss, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.spatial, self.dtype = model, spatial, dtype
+
+    def forward(self, tokens: Tensor, targets: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the mean cross-entropy and the spatial loss of each sheet, (S,): zeros where no chosen are given."""
+        with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.model(tokens, targets, activations=chosen is not None)
+        if chosen is None:
+            return out.loss, out.loss.new_zeros(len(self.spatial.sheets))
+        return out.loss, self.spatial(out.activations, chosen)
+
+
+def train(cfg: TrainConfig) -> TrainState:
+    """Run the training that cfg describes, from the start or from a checkpoint; return where it ended."""
+    corpora = preflight.check(cfg)
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(distributed.start(cfg.device))
+        stack.enter_context(explain_out_of_memory(cfg))
+        signals = stack.enter_context(StopSignals())
+        model, objective, optimizer, state = build(cfg, ranks, corpora.resume_from)
+        compiled, parallel = wrap(cfg, ranks, objective)
+        run = open_run_folder(cfg, ranks, corpora)
+        log = stack.enter_context(
+            RunLog(run, is_main=ranks.is_main, step=state.step, max_steps=cfg.max_steps)
+        )
+        loader = stack.enter_context(token_loader(cfg, ranks, corpora))
+        if cfg.wandb:
+            state.wandb_id = log.start_wandb(cfg, state.wandb_id)
+        introduce(cfg, ranks, corpora, model, run, state, log)
+
+        steps = loader.steps(state.step)
+        per_rank = cfg.batch_size // (cfg.per_device_batch_size * ranks.world)  # micro-batches of a step
+        skipped_in_a_row = torch.tensor(float(state.skipped_in_a_row), device=ranks.device)
+        with_spatial = cfg.topo.loss != "none"
+        clock = Clock(cfg, model, ranks, state.step)
+        for step in range(state.step, cfg.max_steps + 1):
+            state.step, finished = step, step == cfg.max_steps
+
+            # ---- once in a while: evaluate, every rank its share of the same tokens
+            best = False
+            if (step % cfg.eval_every == 0 or finished) and state.evaluated_at != step:
+                values = evaluate(cfg, compiled, objective.spatial, corpora.val, ranks)
+                best = state.update(values.cross_entropy)
+                report(cfg, values, model, objective.spatial, corpora.val, run, state, log)
+            stopped_early = 0 < cfg.patience <= state.increases
+            told_to_stop = ranks.any(signals.received)
+            stop = finished or stopped_early or told_to_stop
+
+            # ---- once in a while: save
+            if best or stop or step % cfg.save_every == 0:
+                state.skipped_in_a_row = int(skipped_in_a_row)
+                if ranks.is_main:
+                    checkpoint.save(
+                        run, model, objective.spatial.positions, optimizer, state, saved_record(cfg, corpora)
+                    )
+                    runfolder.prune(run, cfg.keep_last)
+                clock.restart(step)
+            if stop:
+                break
+
+            # ---- one optimiser step
+            lr, weight = lr_at(cfg.optim, step, cfg.max_steps), weight_at(cfg.topo, step, cfg.max_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            cross_entropy, spatial_loss = (
+                torch.zeros((), device=ranks.device),
+                torch.zeros((), device=ranks.device),
+            )
+            for i, batch in enumerate(next(steps)):
+                chosen = objective.spatial.choose(cfg.seed, step, batch.index) if with_spatial else None
+                torch.manual_seed(rng.seed(cfg.seed, "dropout", step, batch.index))  # no random state to save
+                with (
+                    contextlib.nullcontext() if i == per_rank - 1 or ranks.world == 1 else parallel.no_sync()
+                ):
+                    ce, spatial = parallel(batch.tokens, batch.targets, chosen)
+                    ((ce + weight * spatial.sum()) / per_rank).backward()
+                cross_entropy += ce.detach() / per_rank
+                spatial_loss += spatial.detach().mean() / per_rank
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or torch.inf)
+            skip = (~grad_norm.isfinite()).float()
+            optimizer.found_inf = skip  # the fused kernel leaves everything as it is where this is 1
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            skipped_in_a_row = (skipped_in_a_row + skip) * skip
+
+            # ---- once in a while: log this step; the one place where the host waits for the device
+            if (step + 1) % cfg.log_every == 0:
+                means = ranks.mean(
+                    torch.stack([cross_entropy, spatial_loss, grad_norm, skipped_in_a_row])
+                ).tolist()
+                log_step(cfg, step + 1, means, lr, weight, clock.read(step + 1), log)
+        say_goodbye(run, state, log, early=stopped_early, told=told_to_stop)
+        return state
+
+
+# ---- before the loop ------------------------------------------------------------------------------------------
+
+
+class Built(NamedTuple):
+    model: GPT
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    state: TrainState
+
+
+def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None) -> Built:
+    """Model, objective and optimiser on this rank's device, fresh or as a checkpoint left them."""
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+    if cfg.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(rng.seed(cfg.seed, "initialisation"))
+    model, state = GPT(cfg.model), TrainState()
+    positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    if resume_from:
+        weights, positions = checkpoint.load_tensors(resume_from)
+        checkpoint.load_weights(model, weights)
+        state = TrainState(**runfolder.read_state(resume_from)["train_state"])
+    bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and ranks.device.type == "cuda")
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    objective = Objective(model, TopoLMLoss(cfg.topo, positions), dtype).to(ranks.device)
+    optimizer = build_optimizer(model, cfg.optim)
+    if resume_from:
+        checkpoint.load_optimizer(optimizer, resume_from, ranks.device)
+    return Built(model, objective, optimizer, state)
+
+
+def wrap(cfg: TrainConfig, ranks: Ranks, objective: Objective) -> tuple[nn.Module, nn.Module]:
+    """The objective as evaluation calls it (compiled), and as training does (in parallel over ranks)."""
+    compiled = objective
+    if cfg.compile == "on" or (cfg.compile == "auto" and ranks.device.type == "cuda"):
+        compiled = torch.compile(objective, dynamic=False)
+    if ranks.world == 1:
+        return compiled, compiled
+    return compiled, DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked) -> Path:
+    """Make out/RUN with config.yaml and provenance.json; a resumed run adds its start to the latter."""
+    run = Path(cfg.out_dir) / cfg.run_name
+    if ranks.is_main:
+        if cfg.overwrite and run.exists():
+            shutil.rmtree(run)
+        (run / "maps").mkdir(parents=True, exist_ok=True)
+        runfolder.write_text(
+            run / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False))
+        )
+        path = run / "provenance.json"
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        starts.append(provenance.collect(ranks.device, ranks.world, saved_record(cfg, corpora)["data"]))
+        runfolder.write_text(path, json.dumps(starts, indent=1))
+    ranks.barrier()
+    return run
+
+
+def saved_record(cfg: TrainConfig, corpora: preflight.Checked) -> dict:
+    """What a checkpoint keeps besides tensors and train_state; preflight compares it when the run is resumed."""
+    data = {"train_data_dir": corpora.train.fingerprint, "val_data_dir": corpora.val.fingerprint}
+    return {"config": dataclasses.asdict(cfg), "data": data}
+
+
+def token_loader(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked) -> TokenLoader:
+    return TokenLoader(
+        corpora.train,
+        block_size=cfg.model.block_size,
+        batch_size=cfg.batch_size,
+        per_device_batch_size=cfg.per_device_batch_size,
+        seed=cfg.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+    )
+
+
+def introduce(
+    cfg: TrainConfig,
+    ranks: Ranks,
+    corpora: preflight.Checked,
+    model: GPT,
+    run: Path,
+    state: TrainState,
+    log: RunLog,
+) -> None:
+    """Say in a few lines what is about to be trained."""
+    h, w = topo.grid_shape(cfg.model.n_embd)
+    log.say(
+        f"model: {model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
+        f"{2 * cfg.model.n_layer} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
+    )
+    tokens_per_step = cfg.batch_size * cfg.model.block_size
+    log.say(
+        f"data: {corpora.train.n_tokens:,} training tokens ({cfg.max_steps * tokens_per_step / corpora.train.n_tokens:.2f} "
+        f"epochs in {cfg.max_steps:,} steps of {tokens_per_step:,} tokens), {corpora.val.n_tokens:,} validation tokens"
+    )
+    start = f"resuming at step {state.step:,}" if state.step else "starting"
+    log.say(f"{start} on {ranks.world} x {ranks.device_name}; run folder: {run}")
+    if state.step >= cfg.max_steps:
+        log.say(f"nothing is left to train: max_steps = {cfg.max_steps}; give a larger --max_steps to go on")
+
+
+class StopSignals(contextlib.AbstractContextManager):
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for a checkpoint and a clean end; the second one ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __enter__(self) -> "StopSignals":
+        self.received = False
+        self.before = {s: signal.signal(s, self.handle) for s in self.SIGNALS}
+        return self
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        self.restore()
+
+    def restore(self) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(cfg: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        half = max(1, cfg.per_device_batch_size // 2)
+        raise UserError(
+            f"per_device_batch_size = {cfg.per_device_batch_size} does not fit the memory of the device; try "
+            f"--per_device_batch_size {half}"
+        ) from None
+
+
+# ---- in the loop ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Tokens per second between two logged steps, evaluations and checkpoints left out."""
+
+    def __init__(self, cfg: TrainConfig, model: GPT, ranks: Ranks, step: int) -> None:
+        self.tokens_per_step = cfg.batch_size * cfg.model.block_size
+        self.flops_per_token = model.flops_per_token()
+        self.peak_flops = ranks.peak_flops
+        self.ranks, self.max_steps = ranks, cfg.max_steps
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.step, self.t0 = step, time.perf_counter()
+
+    def read(self, step: int) -> dict[str, float]:
+        """Speed since the last reading; only after the host has waited for the device."""
+        dt = time.perf_counter() - self.t0
+        tokens_per_s = (step - self.step) * self.tokens_per_step / dt
+        speed = {
+            "tokens_per_s": tokens_per_s,
+            "memory_gb": self.ranks.peak_memory() / 1e9,
+            "eta_s": (self.max_steps - step) * self.tokens_per_step / tokens_per_s,
+        }
+        if self.peak_flops:
+            speed["mfu"] = tokens_per_s * self.flops_per_token / self.peak_flops
+        self.restart(step)
+        return speed
+
+
+def log_step(
+    cfg: TrainConfig,
+    step: int,
+    means: list[float],
+    lr: float,
+    weight: float,
+    speed: dict[str, float],
+    log: RunLog,
+) -> None:
+    """Record a training step: `means` over ranks and micro-batches as the loop stacks them."""
+    cross_entropy, spatial_loss, grad_norm, skipped = means
+    n_sheets = 2 * cfg.model.n_layer
+    values = {"step": step, "split": "train", "cross_entropy": cross_entropy, "loss": cross_entropy}
+    text = f"cross-entropy {cross_entropy:.4f}"
+    if cfg.topo.loss != "none":
+        values |= {"spatial_loss": spatial_loss, "loss": cross_entropy + weight * n_sheets * spatial_loss}
+        text += f"  spatial {spatial_loss:.4f}"
+    values |= {"lr": lr, "grad_norm": grad_norm, "skipped_in_a_row": int(skipped)}
+    values |= {"tokens": step * cfg.batch_size * cfg.model.block_size, **speed}
+    log.record(values)
+    rate = f"{speed['tokens_per_s']:,.0f} tokens/s" + (f"  MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
+    eta = f"{speed['memory_gb']:.1f} GB  ETA {duration(speed['eta_s'])}"
+    log.advance(
+        step,
+        f"step {step:,}/{cfg.max_steps:,}  {text}  lr {lr:.1e}  grad norm {grad_norm:.2f}  {rate}  {eta}",
+    )
+    if skipped:
+        log.say(f"step {step:,}: the gradient is not finite; {int(skipped)} steps in a row are skipped")
+    if skipped >= cfg.max_skipped:
+        raise UserError(
+            f"max_skipped = {cfg.max_skipped} steps in a row had a non-finite gradient; the checkpoints in "
+            f"{cfg.out_dir}/{cfg.run_name} are kept: lower --optim.lr, or --resume from the last one"
+        )
+
+
+def say_goodbye(run: Path, state: TrainState, log: RunLog, *, early: bool, told: bool) -> None:
+    """Say why and where the run ended."""
+    if told:
+        log.say(f"stopped by a signal at step {state.step:,}; the checkpoint is saved, --resume continues")
+    elif early:
+        log.say(
+            f"stopped early at step {state.step:,}: validation cross-entropy rose {state.increases} times in a row"
+        )
+    else:
+        log.say(f"finished at step {state.step:,}")
+    if state.best_step is not None:
+        log.say(
+            f"best validation cross-entropy {state.best_cross_entropy:.4f} at step {state.best_step:,}: {run / 'best'}"
+        )
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(cfg)

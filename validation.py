@@ -1,0 +1,98 @@
+"""What a run is watched by: cross-entropy and spatial loss on fixed validation tokens, Moran's I, a picture of the sheets."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import maps
+from config import TrainConfig
+from data import Corpus, fixed_batches
+from distributed import Ranks
+from model import GPT
+from runfolder import TrainState
+from runlog import RunLog
+from spatial import TopoLMLoss, weight_at
+
+N_MAPS = 64  # tokens of the first validation text whose maps are looked at
+VALIDATION = (
+    -1
+)  # takes the place of the step where neighbourhoods are chosen: the same ones at every evaluation
+
+
+class Values(NamedTuple):
+    cross_entropy: float  # nats per token
+    spatial_loss: float  # mean over sheets; measured for the control too
+
+
+@torch.no_grad()
+def evaluate(
+    cfg: TrainConfig, objective: nn.Module, spatial: TopoLMLoss, corpus: Corpus, ranks: Ranks
+) -> Values:
+    """Means over the fixed validation tokens; every rank evaluates its share and receives the same result."""
+    objective.eval()
+    sums = [torch.zeros(3, device=ranks.device)]
+    for batch in fixed_batches(
+        corpus,
+        n_tokens=cfg.val_tokens,
+        block_size=cfg.model.block_size,
+        per_device_batch_size=cfg.per_device_batch_size,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+    ):
+        ce, each = objective(batch.tokens, batch.targets, spatial.choose(cfg.seed, VALIDATION, batch.index))
+        sums.append(torch.stack([ce, each.mean(), torch.ones_like(ce)]) * len(batch.tokens))
+    objective.train()
+    ce, each, n = ranks.sum(torch.stack(sums).cpu().double().sum(0)).tolist()
+    return Values(ce / n, each / n)
+
+
+def report(
+    cfg: TrainConfig,
+    values: Values,
+    model: GPT,
+    spatial: TopoLMLoss,
+    corpus: Corpus,
+    run: Path,
+    state: TrainState,
+    log: RunLog,
+) -> None:
+    """Log an evaluation with the mean Moran's I of each sheet's single-token maps, and draw the sheets."""
+    if not log.is_main:
+        return
+    text = corpus.window(0, min(cfg.model.block_size, corpus.n_tokens)).astype("int64")
+    grids = maps.token_maps(model, torch.from_numpy(text), spatial.positions, N_MAPS)
+    by_sheet = maps.mean_morans_i(grids)
+    moran = sum(by_sheet.values()) / len(by_sheet)
+    loss = values.cross_entropy
+    if cfg.topo.loss != "none":
+        loss += weight_at(cfg.topo, state.step, cfg.max_steps) * len(by_sheet) * values.spatial_loss
+    log.record(
+        {
+            "step": state.step,
+            "split": "val",
+            "cross_entropy": values.cross_entropy,
+            "spatial_loss": values.spatial_loss,
+            "loss": loss,
+            "moran": moran,
+            "moran_by_sheet": by_sheet,
+            "tokens": state.step * cfg.batch_size * cfg.model.block_size,
+        }
+    )
+    verdict = "best so far" if state.best_step == state.step else f"{state.increases} increases in a row"
+    log.say(
+        f"step {state.step:,}/{cfg.max_steps:,}  validation: cross-entropy {values.cross_entropy:.4f}  spatial "
+        f"{values.spatial_loss:.4f}  Moran's I {moran:.3f}  ({verdict})"
+    )
+    name = f"step-{state.step:06d}"
+    maps.save_arrays(run / "maps" / f"{name}.npz", grids)
+    try:
+        maps.draw(
+            run / "maps" / f"{name}.png",
+            [("", grids)],
+            f"{cfg.run_name}, step {state.step:,}: one token on every sheet",
+        )
+    except ModuleNotFoundError as error:
+        log.say_once(f"no pictures of the sheets: {error.name} is not installed (pip install matplotlib)")
