@@ -1,6 +1,6 @@
 """Checkpoints: weights, positions and optimiser of a step, saved whole or not at all, and loaded.
-
-A checkpoint is written under a temporary name, fsynced and renamed, so one that has its final name is complete.
+ A checkpoint is written under a temporary name, fsynced and renamed, so one that has its final name is
+complete.
 """
 
 import dataclasses
@@ -31,7 +31,10 @@ def save(
     state: TrainState,
     record: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint of state.step and make it `last`, and `best` where it is. `record` is kept in state.json."""
+    """Write the checkpoint of state.step, and point `last`, and `best` where it is the best, to it.
+
+    `record` is kept in state.json beside train_state.
+    """
     final = step_folder(run, state.step)
     if not final.exists():
         part = final.with_name(f".{final.name}.tmp")

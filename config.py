@@ -1,9 +1,9 @@
 """Settings: every name, default and meaning, and how YAML and the command line become one frozen dataclass.
 
     cfg = parse(TrainConfig, sys.argv[1:])      # [file.yaml] [--flag value] [--topo.weight 2.5]
-
-The YAML file is flattened into arguments placed before the user's, so tyro types and checks both and the command
-line wins. This module imports neither torch nor anything else of ours, so that `--help` and mistakes answer at once.
+ The YAML file is flattened into arguments placed before the user's, so tyro types and checks both and the
+command line wins. This module imports neither torch nor anything else of ours, so that `--help` and mistakes
+answer at once.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_origin
 
+import tyro
 import yaml
 
 import topo
@@ -64,7 +65,7 @@ class TopoConfig:
     )
     weight_warmup_steps: int = 0  # steps of the linear warm-up of the weight
     positions: Literal["permuted", "identity"] = (
-        "permuted"  # where units lie: a fixed random permutation per sheet, or in order
+        "permuted"  # a fixed random permutation per sheet, or in order
     )
     seed: int = 0  # of the positions
     radius: int = (
@@ -80,8 +81,8 @@ class TopoConfig:
         check_at_least("topo.neighbourhoods", self.neighbourhoods, 0)
         if self.weight_warmup_steps and self.weight_schedule != "linear":
             raise UserError(
-                f"topo.weight_warmup_steps = {self.weight_warmup_steps} has no effect with topo.weight_schedule = "
-                f"{self.weight_schedule}; use --topo.weight_schedule linear"
+                f"topo.weight_warmup_steps = {self.weight_warmup_steps} has no effect with "
+                f"topo.weight_schedule = {self.weight_schedule}; use --topo.weight_schedule linear"
             )
 
 
@@ -108,9 +109,7 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
         if self.min_lr > self.lr:
-            raise UserError(
-                f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; give a smaller --optim.min_lr"
-            )
+            raise UserError(f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; give a smaller one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +154,7 @@ class TrainConfig:
             raise UserError("run_name is missing; add --run_name NAME")
         if Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
             raise UserError(
-                f"run_name = {self.run_name} must be a plain name; choose the folder above it with --out_dir"
+                f"run_name = {self.run_name} must be a plain name; the folder above it is --out_dir"
             )
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other; give one of them")
@@ -174,8 +173,9 @@ class TrainConfig:
         side, (h, w) = 2 * self.topo.radius - 1, topo.grid_shape(self.model.n_embd)
         if side > min(h, w):
             raise UserError(
-                f"topo.radius = {self.topo.radius} is too large for the sheet: neighbourhoods of {side}x{side} units do "
-                f"not fit the {h}x{w} units of model.n_embd = {self.model.n_embd}; the largest is {(min(h, w) + 1) // 2}"
+                f"topo.radius = {self.topo.radius} is too large for the sheet: {side}x{side} units do not "
+                f"fit the {h}x{w} units of model.n_embd = {self.model.n_embd}; the largest radius is "
+                f"{(min(h, w) + 1) // 2}"
             )
 
 
@@ -184,24 +184,24 @@ def check_at_least(key: str, value: float, minimum: float) -> None:
         raise UserError(f"{key} = {value} is too small; it must be at least {minimum}")
 
 
-# ---- YAML and command line -> dataclass -----------------------------------------------------------------------
+# ---- YAML and command line -> dataclass ----------------------------------------------------------
 
 
 def parse(cls: type[Config], argv: list[str], *, prog: str | None = None) -> Config:
     """Build `cls` from `[file.yaml] [--flag value ...]`; raise UserError on unknown keys and wrong values.
 
-    Prints the help and exits with code 0 where `--help` is among the arguments.
+    A class with positional fields (tyro.conf.Positional) takes no file. Prints the help and exits with code 0
+    where `--help` is among the arguments.
     """
-    import tyro
-
     known = dict(flag_names(cls))
+    takes_file = not any(get_origin(f.type) is Annotated for f in known.values())
     from_file: list[str] = []
-    if argv and not argv[0].startswith("-"):
+    if takes_file and argv and not argv[0].startswith("-"):
         from_file, argv = yaml_arguments(Path(argv[0]), known), argv[1:]
     for arg in argv:
         if arg.startswith("--"):
             check_known(arg.partition("=")[0].removeprefix("--"), known, where="command line")
-        elif arg.endswith((".yaml", ".yml")) and Path(arg).is_file():
+        elif takes_file and arg.endswith((".yaml", ".yml")) and Path(arg).is_file():
             raise UserError(f"command line: the config file {arg} must come first, before the flags")
     said = io.StringIO()
     try:
@@ -266,9 +266,7 @@ def flatten(
         check_known(name, known, where=f"config file {path}")
         if isinstance(value, bool):
             if known[name].type is not bool:
-                raise UserError(
-                    f"config file {path}: {name} = {value} must be {kind(known[name])}; quote it if it is text"
-                )
+                raise UserError(f"config file {path}: {name} = {value} must be {kind(known[name])}")
             head, _, tail = name.rpartition(".")
             yield f"--{name}" if value else f"--{head + '.' if head else ''}no_{tail}"
         elif known[name].type is bool:

@@ -304,9 +304,7 @@ def check_same(path: Path, name: str, here: object, there: object, manifest: Pat
 
 def find_files(patterns: Sequence[str]) -> tuple[dict[Path, Path], set[Path]]:
     """The files named, sorted, by resolved path, so each once; and the folders named whole."""
-    patterns = [
-        pattern for pattern in patterns if Path(pattern).name != "manifest.json"
-    ]  # a shell's `folder/*`
+    patterns = [p for p in patterns if Path(p).name != "manifest.json"]  # caught by a shell's `folder/*`
     if not patterns:
         raise UserError(f"nothing given; give a folder, a glob or paths of .bin shards, or {MAKE}")
     found, folders = [], set()

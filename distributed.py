@@ -1,6 +1,6 @@
 """Everything that knows about several processes: who I am, which device is mine, and sums over all ranks.
-
-Elsewhere only `ranks.world`, `ranks.is_main`, `ranks.sum` and the like appear; every rank calls them in the same order.
+ Elsewhere only `ranks.world`, `ranks.is_main`, `ranks.sum` and the like appear; every rank calls them in the
+same order.
 """
 
 import os
@@ -73,7 +73,7 @@ class Ranks:
         return self.world * found[0] if found and self.device.type == "cuda" else None
 
     def peak_memory(self) -> float:
-        """Largest memory this process has used, in bytes: of the GPU where there is one, else of the process."""
+        """Most memory this process has used, in bytes: on its GPU where it has one, else on the host."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -82,7 +82,7 @@ class Ranks:
 
 @contextmanager
 def start(device: str = "auto") -> Iterator[Ranks]:
-    """Join the process group that torchrun or SLURM describes in the environment; a process of its own otherwise."""
+    """Join the process group that torchrun describes in the environment, if it does."""
     device = pick_device(device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":

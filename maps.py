@@ -33,7 +33,7 @@ def token_maps(
 
 
 def mean_morans_i(maps: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Moran's I (queen, row-standardised) of each sheet, averaged over its maps; 0 for maps without variance."""
+    """Moran's I (queen, row-standardised) of each sheet, averaged over its maps; constant maps: 0."""
     return {sheet: float(np.nan_to_num(topo.morans_i(grids)).mean()) for sheet, grids in maps.items()}
 
 

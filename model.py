@@ -1,8 +1,7 @@
 """The GPT: GPT-2's architecture without biases, at TopoLM's size by default.
-
-`GPT(cfg)(tokens, targets) -> Output(logits, loss, activations)`. The model knows neither sheets nor spatial losses: it
-returns the named outputs of its branches, and the objective of train.py adds what it likes. Parameter names are GPT-2's,
-so a checkpoint maps onto `transformers.GPT2LMHeadModel` name by name.
+ `GPT(cfg)(tokens, targets) -> Output(logits, loss, activations)`. The model knows neither sheets nor spatial
+losses: it returns the named outputs of its branches, and the objective of train.py adds what it likes.
+Parameter names are GPT-2's, so a checkpoint maps onto `transformers.GPT2LMHeadModel` name by name.
 """
 
 from typing import NamedTuple
@@ -113,7 +112,7 @@ class GPT(nn.Module):
         return n if position_embedding else n - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self) -> float:
-        """Floating-point operations per trained token, forward and backward: 6N + 12 L C T (PaLM, appendix B)."""
+        """Floating-point operations per trained token: 6N + 12 L C T (PaLM, appendix B)."""
         attention = 12 * self.cfg.n_layer * self.cfg.n_embd * self.cfg.block_size
         return 6 * self.n_parameters(position_embedding=False) + attention
 
@@ -167,9 +166,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Continue `tokens`; return (B, T + new).
 
-        Keys and values are cached while the text fits the context; beyond it each step sees the last block_size
-        tokens afresh. Temperature 0 is greedy. Only the first n_vocab tokens can be drawn: the rest is padding.
-        With `stop`, ends once every row has produced that token.
+        Keys and values are cached while the text fits the context; beyond it each step sees the last
+        block_size tokens afresh. Temperature 0 is greedy. Only the first n_vocab tokens can be drawn: the
+        rest is padding. With `stop`, ends once every row has produced that token.
         """
         was_training = self.training
         self.eval()
@@ -199,8 +198,8 @@ def sample_from(
 ) -> Tensor:
     """Draw one token a row, (B, 1).
 
-    top_k keeps the k likeliest tokens; top_p keeps the smallest set of likeliest tokens whose probability reaches p
-    (Holtzman et al. 2020), at least one.
+    top_k keeps the k likeliest tokens; top_p keeps the smallest set of likeliest tokens whose probability
+    reaches p (Holtzman et al. 2020), at least one.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What can be said of a run before torch is imported: is the data there and whole, is the folder free, does it divide.
+"""What can be said of a run before torch is imported: is the data whole, is the folder free, does it divide.
 
 `check` changes nothing on disk, but for making out_dir.
 """
@@ -43,8 +43,9 @@ def check_batch_size(cfg: TrainConfig, world: int) -> None:
     if cfg.batch_size % per_micro_step:
         nearest = max(1, round(cfg.batch_size / per_micro_step)) * per_micro_step
         raise UserError(
-            f"batch_size = {cfg.batch_size} is not a multiple of per_device_batch_size = {cfg.per_device_batch_size} x "
-            f"{world} process{'es' if world > 1 else ''}; the nearest that is: --batch_size {nearest}"
+            f"batch_size = {cfg.batch_size} is not a multiple of per_device_batch_size = "
+            f"{cfg.per_device_batch_size} x {world} process{'es' if world > 1 else ''}; the nearest "
+            f"that is: --batch_size {nearest}"
         )
 
 
@@ -65,8 +66,8 @@ def check_run_folder(cfg: TrainConfig) -> None:
         )
     if not cfg.resume and not cfg.overwrite and run.exists():
         raise UserError(
-            f"run_name = {cfg.run_name}: {run} exists; continue it with --resume, delete it with --overwrite, or choose "
-            "another --run_name"
+            f"run_name = {cfg.run_name}: {run} exists; continue it with --resume, delete it with "
+            "--overwrite, or choose another --run_name"
         )
 
 
@@ -80,14 +81,14 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
     for key, now in (("train_data_dir", train), ("val_data_dir", val)):
         if saved["data"][key] != now:
             raise UserError(
-                f"resume: {key} holds other tokens than the run was started with (fingerprint {now[:12]}, was "
-                f"{saved['data'][key][:12]}); give the old data, or start a new run with another --run_name"
+                f"resume: {key} holds other tokens than the run was started with (fingerprint "
+                f"{now[:12]}, was {saved['data'][key][:12]}); give the old data, or start a new run with another --run_name"
             )
 
 
 def refuse_change(key: str, was: Any, now: Any) -> None:
     if was != now:
         raise UserError(
-            f"resume: {key} = {now}, but the run was started with {was}; give the old value, or start a new run with "
-            "another --run_name"
+            f"resume: {key} = {now}, but the run was started with {was}; give the old value, or start a new "
+            "run with another --run_name"
         )

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of a key, so that it depends on no state, no number of ranks and no resumption.
+"""Randomness as a pure function of a key: it depends on no state, so on no number of ranks and no resumption.
 
 Built on Philox's raw stream, which numpy guarantees never to change (NEP 19), unlike `Generator.permutation`.
 A key is a tuple of ints and strings, e.g. `permutation(784, seed, "layer.3.mlp")`.

@@ -33,7 +33,7 @@ class TrainState:
     wandb_id: str | None = None
 
     def update(self, cross_entropy: float) -> bool:
-        """Take in an evaluation; return whether it is the best so far. NaN is an increase and never the best."""
+        """Take in an evaluation; return whether it is the best so far. NaN is an increase, never best."""
         rose = self.last_cross_entropy is not None and not cross_entropy <= self.last_cross_entropy
         self.increases = self.increases + 1 if rose else 0
         self.last_cross_entropy, self.evaluated_at = cross_entropy, self.step

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl (the record), log.txt, lines or a bar on the screen, and wandb as a copy."""
+"""What a run writes down: metrics.jsonl (the record), log.txt, lines or a bar on screen, a copy on wandb."""
 
 import dataclasses
 import json

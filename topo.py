@@ -1,7 +1,8 @@
-"""Sheets: where the units of a layer lie, which of them are neighbours, and how map-like a pattern on them is.
+"""Sheets: where the units of a layer lie, which are neighbours, and how map-like a pattern on them is.
 
-Each branch of each block is a sheet of its own ("layer.3.attn", "layer.3.mlp"): n_embd units on an h x w grid. This
-file needs numpy alone, so that anyone can read a map without torch; the losses on sheets are in spatial.py.
+Each branch of each block is a sheet of its own ("layer.3.attn", "layer.3.mlp"): n_embd units on an h x w
+grid. This file needs numpy alone, so that anyone can read a map without torch; the losses on sheets are in
+spatial.py.
 """
 
 from typing import Literal
@@ -12,7 +13,7 @@ import rng
 
 
 def grid_shape(n_units: int) -> tuple[int, int]:
-    """Height and width of the most nearly square grid that holds n_units: 784 -> (28, 28), 3072 -> (48, 64)."""
+    """Height and width of the most nearly square grid of n_units: 784 -> (28, 28), 3072 -> (48, 64)."""
     h = next(h for h in range(int(n_units**0.5), 0, -1) if n_units % h == 0)
     return h, n_units // h
 
@@ -20,8 +21,8 @@ def grid_shape(n_units: int) -> tuple[int, int]:
 def positions(kind: Literal["permuted", "identity"], n_units: int, seed: int, sheet: str) -> np.ndarray:
     """Row and column of each unit of a sheet, (n_units, 2) int64; every cell of the grid holds one unit.
 
-    permuted: a random permutation, fixed before training and never changed (TopoLM, section 3); a pure function of
-    seed and the sheet's name. identity: unit i lies in cell i, row by row.
+    permuted: a random permutation, fixed before training and never changed (TopoLM, section 3); a pure
+    function of seed and the sheet's name. identity: unit i lies in cell i, row by row.
     """
     cells = np.arange(n_units) if kind == "identity" else rng.permutation(n_units, seed, "positions", sheet)
     return np.stack(np.divmod(cells, grid_shape(n_units)[1]), axis=1)
@@ -45,8 +46,8 @@ def on_grid(values: np.ndarray, position: np.ndarray) -> np.ndarray:
 def neighbourhood_cells(h: int, w: int, radius: int) -> np.ndarray:
     """Cells of every neighbourhood, (n, side * side) int64 with side = 2 * radius - 1.
 
-    A neighbourhood is the cells at linf distance < radius of a centre whose square lies inside the grid (TopoLM,
-    section 3): radius 5 on 28x28 gives 400 squares of 9x9.
+    A neighbourhood is the cells at linf distance < radius of a centre whose square lies inside the grid
+    (TopoLM, section 3): radius 5 on 28x28 gives 400 squares of 9x9.
     """
     side = 2 * radius - 1
     if side > min(h, w):
@@ -72,8 +73,8 @@ def inverse_distances(radius: int, norm: Literal["l2", "l1", "linf"] = "l2") -> 
 def morans_i(grids: np.ndarray, contiguity: Literal["queen", "rook"] = "queen") -> np.ndarray:
     """Moran's I of maps (..., h, w) with row-standardised weights: (...), NaN for a constant map.
 
-    I = sum_i z_i * mean of z over i's neighbours / sum_i z_i**2, with z the deviations from the map's mean (Moran 1950).
-    About 0 for noise, towards 1 for smooth maps, -1 for a checkerboard under rook contiguity.
+    I = sum_i z_i * mean of z over i's neighbours / sum_i z_i**2, with z the deviations from the map's mean
+    (Moran 1950). About 0 for noise, towards 1 for smooth maps, -1 for a checkerboard under rook contiguity.
     """
     z = grids.astype(float) - grids.mean(axis=(-2, -1), keepdims=True, dtype=float)
     *_, h, w = z.shape

@@ -56,7 +56,7 @@ class Objective(nn.Module):
         self.model, self.spatial, self.dtype = model, spatial, dtype
 
     def forward(self, tokens: Tensor, targets: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the mean cross-entropy and the spatial loss of each sheet, (S,): zeros where no chosen are given."""
+        """Return the mean cross-entropy and the spatial loss per sheet, (S,); zeros where chosen is None."""
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(tokens, targets, activations=chosen is not None)
         if chosen is None:
@@ -147,7 +147,7 @@ def train(cfg: TrainConfig) -> TrainState:
         return state
 
 
-# ---- before the loop ------------------------------------------------------------------------------------------
+# ---- before the loop -----------------------------------------------------------------------------
 
 
 class Built(NamedTuple):
@@ -207,7 +207,7 @@ def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked) 
 
 
 def saved_record(cfg: TrainConfig, corpora: preflight.Checked) -> dict:
-    """What a checkpoint keeps besides tensors and train_state; preflight compares it when the run is resumed."""
+    """What a checkpoint keeps besides tensors and train_state; preflight.py compares it on resuming."""
     data = {"train_data_dir": corpora.train.fingerprint, "val_data_dir": corpora.val.fingerprint}
     return {"config": dataclasses.asdict(cfg), "data": data}
 
@@ -241,9 +241,10 @@ def introduce(
         f"{2 * cfg.model.n_layer} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
     )
     tokens_per_step = cfg.batch_size * cfg.model.block_size
+    epochs = cfg.max_steps * tokens_per_step / corpora.train.n_tokens
     log.say(
-        f"data: {corpora.train.n_tokens:,} training tokens ({cfg.max_steps * tokens_per_step / corpora.train.n_tokens:.2f} "
-        f"epochs in {cfg.max_steps:,} steps of {tokens_per_step:,} tokens), {corpora.val.n_tokens:,} validation tokens"
+        f"data: {corpora.train.n_tokens:,} training tokens, {epochs:.2f} epochs in {cfg.max_steps:,} steps "
+        f"of {tokens_per_step:,} tokens; {corpora.val.n_tokens:,} validation tokens"
     )
     start = f"resuming at step {state.step:,}" if state.step else "starting"
     log.say(f"{start} on {ranks.world} x {ranks.device_name}; run folder: {run}")
@@ -252,7 +253,7 @@ def introduce(
 
 
 class StopSignals(contextlib.AbstractContextManager):
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for a checkpoint and a clean end; the second one ends at once."""
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for a checkpoint and a clean end; a second ends at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -285,7 +286,7 @@ def explain_out_of_memory(cfg: TrainConfig) -> Iterator[None]:
         ) from None
 
 
-# ---- in the loop ----------------------------------------------------------------------------------------------
+# ---- in the loop ---------------------------------------------------------------------------------
 
 
 class Clock:
@@ -357,13 +358,15 @@ def say_goodbye(run: Path, state: TrainState, log: RunLog, *, early: bool, told:
         log.say(f"stopped by a signal at step {state.step:,}; the checkpoint is saved, --resume continues")
     elif early:
         log.say(
-            f"stopped early at step {state.step:,}: validation cross-entropy rose {state.increases} times in a row"
+            f"stopped early at step {state.step:,}: validation cross-entropy rose {state.increases} times "
+            "in a row"
         )
     else:
         log.say(f"finished at step {state.step:,}")
     if state.best_step is not None:
         log.say(
-            f"best validation cross-entropy {state.best_cross_entropy:.4f} at step {state.best_step:,}: {run / 'best'}"
+            f"best validation cross-entropy {state.best_cross_entropy:.4f} at step {state.best_step:,}: "
+            f"{run / 'best'}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run is watched by: cross-entropy and spatial loss on fixed validation tokens, Moran's I, a picture of the sheets."""
+"""How a run is watched: losses on fixed validation tokens, Moran's I, and a picture of the sheets."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -83,8 +83,8 @@ def report(
     )
     verdict = "best so far" if state.best_step == state.step else f"{state.increases} increases in a row"
     log.say(
-        f"step {state.step:,}/{cfg.max_steps:,}  validation: cross-entropy {values.cross_entropy:.4f}  spatial "
-        f"{values.spatial_loss:.4f}  Moran's I {moran:.3f}  ({verdict})"
+        f"step {state.step:,}/{cfg.max_steps:,}  validation: cross-entropy {values.cross_entropy:.4f}  "
+        f"spatial {values.spatial_loss:.4f}  Moran's I {moran:.3f}  ({verdict})"
     )
     name = f"step-{state.step:06d}"
     maps.save_arrays(run / "maps" / f"{name}.npz", grids)

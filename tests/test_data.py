@@ -105,6 +105,8 @@ def test_a_file_without_header_is_read_as_nanogpt_s_and_said_in_one_line(tmp_pat
     corpus = open_quietly(tmp_path, log=lines.append)
     assert corpus.window(0, 3000).tolist() == list(range(3000)) and corpus.shards[0].offset_bytes == 0
     assert len(lines) == 1 and "without a header" in lines[0] and "train.bin" in lines[0]
+    open_quietly(tmp_path, log=lines.append, verify=False)
+    assert len(lines) == 1  # not by every rank
 
 
 # ---- bad input: content of a.bin, what the message says --------------------------------------------

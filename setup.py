@@ -1,0 +1,36 @@
+"""Dependencies of TopoGPT: pip install -e ".[all]" -c constraints.txt (its versions are the tested ones).
+
+The scripts run from the checkout; installing brings what they need and no module of ours.
+"""
+
+from setuptools import setup
+
+EXTRAS = {
+    "data": ["datasets>=4,<6"],  # prepare_fineweb.py --dataset
+    "wandb": ["wandb<1"],  # train.py --wandb
+    "hf": ["transformers>=4.51,<6", "peft<1"],  # checking exported models; fine-tuning them
+    "figures": ["matplotlib>=3.8,<4"],  # pictures of the sheets
+    "evals": ["scipy<2", "scikit-learn<2", "lm-eval<1", "xarray", "matplotlib>=3.8,<4"],
+}
+DEV = ["pytest<10", "hypothesis<7", "ruff<1", "transformers>=4.51,<6", "matplotlib>=3.8,<4"]
+
+setup(
+    name="topogpt",
+    version="0.1.0",
+    description="Pretrain GPTs whose units lie on a 2-D sheet",
+    license="MIT",
+    python_requires=">=3.11",
+    py_modules=[],
+    install_requires=[
+        "torch>=2.11,<3",
+        "numpy<3",
+        "tiktoken>=0.13,<1",  # from 0.13 on, long runs of one character are not quadratic
+        "huggingface_hub<3",
+        "safetensors<1",
+        "pyarrow<30",
+        "tyro<2",
+        "PyYAML<7",
+        "tqdm<5",
+    ],
+    extras_require={**EXTRAS, "dev": DEV, "all": sorted({p for ps in (*EXTRAS.values(), DEV) for p in ps})},
+)
