@@ -57,31 +57,30 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers = len(columns[0][1]) // 2
-    across = (
-        2 if len(columns) > 1 or layers <= 4 else 6
-    )  # cells of a row: attn and mlp, once or for three layers
-    per_row = across // 2
-    rows = -(-layers // per_row)
-    figure = Figure(figsize=(1.25 * across * len(columns) + 1.2, 1.38 * rows + 0.9), layout="constrained")
+    n_sheets = len(columns[0][1])
+    across = 2 if len(columns) > 1 or n_sheets <= 8 else 6  # attn and mlp of one layer in a row, or of three
+    rows, gap = -(-n_sheets // across), 0.25
+    widths = ([1.0] * across + [gap]) * len(columns)
+    figure = Figure(figsize=(1.25 * sum(widths) + 1.0, 1.4 * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
-    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
-    for part, (label, maps) in zip(parts, columns, strict=True):
-        morans = np.mean(list(mean_morans_i(maps).values()))
-        part.suptitle(
-            f"{label}: mean Moran's I {morans:.2f}" if label else f"mean Moran's I {morans:.2f}", fontsize=9
-        )
-        axes = part.subplots(rows, across, squeeze=False)
-        for axis in axes.flat:
-            axis.set_axis_off()
+    axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for c, (label, maps) in enumerate(columns):
+        first = c * (across + 1)
         for i, (sheet, grids) in enumerate(maps.items()):
             grid = grids[map_index]
             z = (grid - grid.mean()) / (grid.std() or 1.0)
-            axis = axes[i // across, i % across]
+            axis = axes[i // across, first + i % across]
             image = axis.imshow(z, cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
             axis.set_title(sheet, fontsize=7, pad=2)
+        moran = np.mean(list(mean_morans_i(maps).values()))
+        heading = f"{label}mean Moran's I {moran:.2f}"
+        axes[0, first].annotate(
+            heading, (0, 1), (0, 14), xycoords="axes fraction", textcoords="offset points", fontsize=8
+        )
     figure.suptitle(title, fontsize=10)
-    bar = figure.colorbar(image, ax=[a for p in parts for a in p.axes], shrink=0.5, aspect=30)
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30)
     bar.set_label("activation (standard deviations)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=130)

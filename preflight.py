@@ -82,7 +82,8 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
         if saved["data"][key] != now:
             raise UserError(
                 f"resume: {key} holds other tokens than the run was started with (fingerprint "
-                f"{now[:12]}, was {saved['data'][key][:12]}); give the old data, or start a new run with another --run_name"
+                f"{now[:12]}, was {saved['data'][key][:12]}); give the old data, or start a new run with "
+                "another --run_name"
             )
 
 

@@ -65,7 +65,8 @@ def draw_before_and_after(run: Path, name: str, first: int, last: int) -> Path |
     import maps  # imports torch
 
     columns = [
-        (f"step {step:,}", maps.load_arrays(run / "maps" / f"step-{step:06d}.npz")) for step in (first, last)
+        (f"step {step:,}: ", maps.load_arrays(run / "maps" / f"step-{step:06d}.npz"))
+        for step in (first, last)
     ]
     path = run / "maps" / "before-and-after.png"
     try:

@@ -1,0 +1,210 @@
+"""Several processes compute what one does. Run: pytest tests/test_distributed.py"""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import preflight
+import tiny
+from config import UserError
+from distributed import Ranks
+from train import train
+
+# A learning rate so large that validation gets worse and training stops early. Micro-batches are of two sequences with
+# one rank as with two, so each holds the same sequences, neighbourhoods and dropout.
+STORMY = {"max_steps": 40, "eval_every": 3, "patience": 2, "optim": {"lr": 0.1, "min_lr": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder) -> Path:
+    cfg = tiny.config(folder, "one_rank", **STORMY)
+    train(cfg)
+    return tiny.folder_of(cfg)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder) -> Path:
+    """The same through torchrun and the script, as a user starts it; the output is beside the run."""
+    cfg = tiny.config(folder, "two_ranks", **STORMY)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with (folder / "two_ranks.txt").open("w") as output:
+        done = subprocess.run(
+            [*torchrun, "train.py", *tiny.arguments(cfg)],
+            cwd=tiny.ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
+    assert done.returncode == 0, (folder / "two_ranks.txt").read_text()
+    return tiny.folder_of(cfg)
+
+
+def assert_close_records(ours: list[dict], theirs: list[dict], rtol: float = 1e-5) -> None:
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(b[key], rel=rtol, abs=1e-6), (a["step"], a["split"], key)
+            elif not isinstance(value, dict):
+                assert value == b[key], (a["step"], a["split"], key)
+
+
+def test_two_ranks_report_what_one_rank_with_twice_the_micro_steps_reports(one_rank, two_ranks):
+    keys = {"cross_entropy", "spatial_loss", "loss", "lr", "grad_norm", "tokens"}
+    assert keys <= tiny.records(one_rank, "train")[0].keys()
+    for split in ("train", "val"):
+        assert_close_records(tiny.records(two_ranks, split), tiny.records(one_rank, split))
+
+
+def test_two_ranks_stop_early_at_the_step_at_which_one_does(one_rank, two_ranks):
+    ours, theirs = (
+        json.loads((run / "last" / "state.json").read_text())["train_state"] for run in (two_ranks, one_rank)
+    )
+    assert ours["step"] == theirs["step"] < STORMY["max_steps"]
+    assert ours["increases"] == theirs["increases"] == STORMY["patience"]
+    assert ours["best_step"] == theirs["best_step"]
+    for run in (one_rank, two_ranks):
+        assert "stopped early" in (run / "log.txt").read_text()
+
+
+def test_two_ranks_end_with_the_weights_of_one(one_rank, two_ranks):
+    ours, theirs = (load_file(run / "last" / "model.safetensors") for run in (two_ranks, one_rank))
+    start = load_file(one_rank / "best" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, weights in theirs.items():
+        torch.testing.assert_close(ours[name], weights, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(theirs["transformer.wte.weight"], start["transformer.wte.weight"])
+
+
+def test_only_the_main_rank_writes_and_speaks(one_rank, two_ranks, folder):
+    assert (two_ranks / "log.txt").read_text().count("starting on 2 x CPU") == 1
+    output = (folder / "two_ranks.txt").read_text()
+    assert output.count("starting on") == output.count("stopped early") == 1
+    assert len(json.loads((two_ranks / "provenance.json").read_text())) == 1
+    assert len(tiny.records(two_ranks)) == len(tiny.records(one_rank))
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------
+
+
+def keep_gradients(path: Path) -> None:
+    """Save the gradients that the first step clips, on the main rank."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def wrapped(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        if not path.exists() and os.environ.get("RANK", "0") == "0":
+            torch.save([p.grad.clone() for p in parameters], path)
+        return clip(parameters, *args, **kwargs)
+
+    torch.nn.utils.clip_grad_norm_ = wrapped
+
+
+@pytest.mark.parametrize("loss", ["topolm", "none"])
+def test_two_ranks_compute_the_gradient_of_one(folder, tmp_path, loss):
+    for world in (1, 2):
+        cfg = tiny.config(folder, f"gradient_{loss}_{world}", max_steps=1, topo={"loss": loss})
+        keep = functools.partial(keep_gradients, tmp_path / f"{world}.pt")
+        codes = tiny.run_in_child(tiny.train_after, keep, cfg, world=world, output=tmp_path / "output")
+        assert codes == [0] * world, (tmp_path / "output").read_text()
+    ours, theirs = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (2, 1))
+    assert len(ours) == len(theirs) > 5
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# ---- another number of ranks; signals; mistakes -----------------------------------------------------------------
+
+
+def test_one_rank_resumes_what_two_began_with_the_same_data_order(folder, tmp_path):
+    whole = tiny.config(folder, "whole")
+    train(whole)
+    cfg = tiny.config(folder, "begun_by_two", max_steps=8)
+    codes = tiny.run_in_child(tiny.train_after, tiny.nothing, cfg, world=2, output=tmp_path / "output")
+    assert codes == [0, 0], (tmp_path / "output").read_text()
+    train(replace(cfg, max_steps=whole.max_steps, resume=True))
+    ours, theirs = (tiny.records(tiny.folder_of(c), "train") for c in (cfg, whole))
+    assert_close_records(ours, theirs, rtol=1e-4)
+    starts = json.loads((tiny.folder_of(cfg) / "provenance.json").read_text())
+    assert [start["world_size"] for start in starts] == [2, 1]
+
+
+def terminate_rank_1(step: int) -> None:
+    """The loader of rank 1 receives SIGTERM when it is asked for a step."""
+    import data
+
+    steps = data.TokenLoader.steps
+
+    def wrapped(self, start_step):
+        for i, batches in enumerate(steps(self, start_step), start=start_step):
+            if i == step and self.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batches
+
+    data.TokenLoader.steps = wrapped
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(folder, tmp_path):
+    cfg = tiny.config(folder, "one_told", save_every=100)
+    accident = functools.partial(terminate_rank_1, 6)
+    codes = tiny.run_in_child(tiny.train_after, accident, cfg, world=2, output=tmp_path / "output")
+    assert codes == [0, 0], (tmp_path / "output").read_text()
+    assert (tiny.folder_of(cfg) / "last").resolve().name == "step-000007"
+    assert tiny.records(tiny.folder_of(cfg))[-1]["step"] == 7
+
+
+def use_ranks(folder: Path) -> None:
+    import distributed
+
+    with distributed.start("cpu") as ranks:
+        x = torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
+        values = {
+            "is_main": ranks.is_main,
+            "world": ranks.world,
+            "sum": ranks.sum(x).tolist(),
+            "mean": ranks.mean(x).tolist(),
+            "x": x.tolist(),
+            "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
+        }
+        ranks.barrier()
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(values))
+
+
+def test_every_rank_receives_the_same_sums_and_decisions(tmp_path):
+    codes = tiny.run_in_child(use_ranks, tmp_path, world=2, output=tmp_path / "output")
+    assert codes == [0, 0], (tmp_path / "output").read_text()
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "is_main": rank == 0,
+            "world": 2,
+            "sum": [3.0, 30.0],
+            "mean": [1.5, 15.0],
+            "x": [1.0 * (rank + 1), 10.0 * (rank + 1)],  # as it was
+            "any": [True, False],
+        }
+
+
+def test_one_process_needs_no_process_group():
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    x = torch.tensor([1.0, 2.0])
+    assert torch.equal(ranks.sum(x), x) and torch.equal(ranks.mean(x), x)
+    assert ranks.any(True) and not ranks.any(False)
+    assert ranks.peak_flops is None  # a CPU is not in the table: MFU is not shown
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_with_the_nearest_that_they_can(folder):
+    cfg = tiny.config(folder, "unshared", batch_size=14, per_device_batch_size=2)
+    preflight.check_batch_size(cfg, 7)
+    with pytest.raises(UserError, match=r"batch_size = 14 .* 2 x 4 processes.*--batch_size 16"):
+        preflight.check_batch_size(cfg, 4)

@@ -1,0 +1,148 @@
+"""A run that takes a second: its shards, its settings, and how to start it in other processes."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data
+from config import GPTConfig, OptimConfig, TopoConfig, TrainConfig, parse, user_errors
+
+ROOT = Path(data.__file__).parent
+VOCAB = 64
+TIMING = {"tokens_per_s", "memory_gb", "eta_s", "mfu"}  # fields of a record that no two runs share
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.header(len(tokens)) + tokens.astype("<u2").tobytes())
+    return path
+
+
+def write_shards(folder: Path) -> Path:
+    """Random tokens: 250 windows to train on, 37 to validate on, so that the last micro-batch is not full."""
+    draw = np.random.default_rng(0)
+    write_shard(folder / "train" / "one.bin", draw.integers(0, VOCAB, 3000))
+    write_shard(folder / "train" / "two.bin", draw.integers(0, VOCAB, 1001))
+    write_shard(folder / "val" / "one.bin", draw.integers(0, VOCAB, 600))
+    return folder
+
+
+def config(folder: Path, run_name: str = "run", **settings: Any) -> TrainConfig:
+    """Settings of a run in folder/out on the shards in folder; sections are given as dicts."""
+    sections = {
+        "model": GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=VOCAB, dropout=0.1),
+        "topo": TopoConfig(radius=2, neighbourhoods=2),
+        "optim": OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=4, decay_steps=18),
+    }
+    for name, section in sections.items():
+        sections[name] = replace(section, **settings.pop(name, {}))
+    defaults = {
+        "out_dir": str(folder / "out"),
+        "train_data_dir": (str(folder / "train"),),
+        "val_data_dir": (str(folder / "val"),),
+        "per_device_batch_size": 2,
+        "batch_size": 8,
+        "max_steps": 18,
+        "eval_every": 4,
+        "val_tokens": 592,
+        "log_every": 1,
+        "save_every": 5,
+        "patience": 0,
+        "device": "cpu",
+    }
+    return TrainConfig(run_name=run_name, **(defaults | settings | sections))
+
+
+def folder_of(cfg: TrainConfig) -> Path:
+    return Path(cfg.out_dir) / cfg.run_name
+
+
+def arguments(cfg: TrainConfig) -> list[str]:
+    """The command line that says what cfg says."""
+    given = []
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{key}.", value)
+            elif isinstance(value, bool):
+                given.append(f"--{prefix}{'' if value else 'no_'}{key}")
+            else:
+                given.extend([f"--{prefix}{key}", *map(str, value if isinstance(value, tuple) else [value])])
+
+    add("", asdict(cfg))
+    assert parse(TrainConfig, given) == cfg
+    return given
+
+
+def records(run: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in TIMING}
+        for line in lines
+        if split is None or line["split"] == split
+    ]
+
+
+def no_pictures() -> None:
+    """Leave out the pictures of the sheets, which take longer than the run."""
+    import maps
+
+    maps.draw = lambda *args, **kwargs: None
+
+
+# ---- other processes ----------------------------------------------------------------------------------------
+
+
+def run_in_child(target: Callable, *args: Any, world: int = 1, output: Path) -> list[int]:
+    """Call target(*args) in `world` processes joined as torchrun would; return their exit codes (-9: SIGKILL)."""
+    context = multiprocessing.get_context("forkserver")  # imports once what takes long; the processes are its forks
+    context.set_forkserver_preload(["torch._dynamo", "train", "pytest", "tiny"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        env = {k: str(v) for k, v in env.items()} | {"MASTER_ADDR": "127.0.0.1"} if world > 1 else {}
+        processes.append(context.Process(target=call, args=(target, args, env, output)))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def call(target: Callable, args: tuple, env: dict[str, str], output: Path) -> None:
+    os.environ.update(env)
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
+    with user_errors():
+        target(*args)
+
+
+def train_after(prepare: Callable[[], None], cfg: TrainConfig) -> None:
+    """For run_in_child: train where `prepare` has prepared an accident."""
+    import train
+
+    no_pictures()
+    prepare()
+    train.train(cfg)
+
+
+def nothing() -> None:
+    pass
