@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GPTConfig
+from cross_entropy import linear_cross_entropy
 
 __all__ = ["GPT", "GPTConfig", "Output", "sheet_names"]
 
 
 class Output(NamedTuple):
-    logits: Tensor  # (B, T, vocab_size), or (B, 1, vocab_size) where only the last position was asked for
+    logits: Tensor | None  # (B, T, vocab_size); (B, 1, vocab_size) with last_only; None without keep_logits
     loss: Tensor | None  # scalar: mean cross-entropy in nats over targets that are not -1
     activations: dict[str, Tensor]  # "layer.3.attn", "layer.3.mlp" -> (B, T, n_embd); empty unless asked for
 
@@ -122,8 +123,9 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         activations: bool = False,
-        cache: "Cache | None" = None,
+        keep_logits: bool = True,
         last_only: bool = False,
+        cache: "Cache | None" = None,
     ) -> Output:
         """Predict the next tokens.
 
@@ -131,8 +133,9 @@ class GPT(nn.Module):
             tokens: (B, T) int64, T at most block_size (cached positions counted in).
             targets: (B, T) int64, -1 where no loss is wanted.
             activations: whether to return the outputs of the branches.
-            cache: keys and values of the tokens before these; extended by these.
+            keep_logits: without them the loss is taken chunk by chunk, and they are never stored (training).
             last_only: whether to compute logits for the last position only.
+            cache: keys and values of the tokens before these; extended by these.
         """
         start = cache.length if cache is not None else 0
         t = tokens.shape[1]
@@ -145,8 +148,11 @@ class GPT(nn.Module):
             x, attn, mlp = block(x, cache.layers[i] if cache is not None else None)
             if activations:
                 named[f"layer.{i}.attn"], named[f"layer.{i}.mlp"] = attn, mlp
-        logits = self.lm_head(self.transformer.ln_f(x[:, -1:] if last_only else x))
-        loss = None
+        x = self.transformer.ln_f(x[:, -1:] if last_only else x)
+        if targets is not None and not keep_logits:
+            loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return Output(None, loss, named)
+        logits, loss = self.lm_head(x), None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return Output(logits, loss, named)

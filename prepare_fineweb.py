@@ -6,9 +6,9 @@
     python prepare_fineweb.py --dataset wikimedia/wikipedia --config 20231101.en --out_dir data/wikipedia
     srun --ntasks=10 python prepare_fineweb.py                         # ten machines, one shared folder
 
-Workers tokenise units (groups of row groups, byte ranges) into part files under OUT_DIR/.parts, each put in
-place whole; then the parts, in the order of the units, are cut into shards. What a killed run has finished, the
-next one keeps, and neither the number of workers nor of ranks changes a byte of the output.
+Workers tokenise units (groups of row groups, byte ranges) into part files under OUT_DIR/.parts, each put
+in place whole; then the parts, in the order of the units, are cut into shards. What a killed run has finished,
+the next one keeps, and neither the number of workers nor of ranks changes a byte of the output.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ import numpy as np
 import sources
 import tokenizer
 from config import UserError, check_at_least, parse, run_main
-from data import HEADER_BYTES, header
+from shards import HEADER_BYTES, header
 from sources import Unit, write_json, write_text
 
 FORMAT = "topogpt-1: llm.c shards (256 int32 header, uint16 tokens), EOT before every document"
@@ -281,8 +281,8 @@ def locked(out: Path, parts: Path, rank: int) -> Iterator[None]:
             pass  # Windows
         except BlockingIOError:
             raise UserError(
-                f"out_dir = {out} is being prepared by another process of rank {rank}; wait for it, end it, or "
-                "choose another --out_dir"
+                f"out_dir = {out} is being prepared by another process of rank {rank}; wait for it, end "
+                "it, or choose another --out_dir"
             ) from None
         yield
 
@@ -302,8 +302,8 @@ def is_prepared(out: Path, wanted: dict) -> bool:
     different = [key for key, value in wanted.items() if there.get(key) != value]
     if different:
         raise UserError(
-            f"out_dir = {out} holds shards prepared with another {different[0]}: {str(there.get(different[0])):.150}; "
-            "choose another --out_dir or delete that folder"
+            f"out_dir = {out} holds shards prepared with another {different[0]}: "
+            f"{str(there.get(different[0])):.150}; choose another --out_dir or delete that folder"
         )
     bad = [
         name
@@ -323,7 +323,8 @@ def check_no_strangers(out: Path, parts: "Parts") -> None:
     for path in sorted(path for split in SPLITS for path in (out / split).glob("*.bin")):
         if f"{path.parent.name}/{path.name}" not in ours:
             raise UserError(
-                f"out_dir = {out} holds {path.name}, which is in no manifest; delete it or choose another --out_dir"
+                f"out_dir = {out} holds {path.name}, which is in no manifest; delete it or choose another "
+                "--out_dir"
             )
         path.unlink()
     (parts.folder / "assembly.json").unlink(missing_ok=True)
@@ -574,13 +575,13 @@ def wait_for_units(source: Any, parts: Parts, max_tokens: int | None, ranks: Ran
             n_left, t_progress = (len(units), len(left)), now
         if now - t_progress > WAIT_SECONDS:
             raise UserError(
-                f"the other ranks finished nothing for {WAIT_SECONDS} s, and {len(left)} units are missing (first: "
-                f"{left[:1]}); start the same command again, or as one process, which does what is left"
+                f"the other ranks finished nothing for {WAIT_SECONDS} s, and {len(left)} units are missing "
+                f"(first: {left[:1]}); start the same command again, or as one process, which does what is left"
             )
         if now - t_said > LOG_SECONDS:
             t_said = now
             say(
-                f"rank 0 waits for the other {ranks.world - 1} ranks: {len(left)} of {len(units)} known units left"
+                f"rank 0 waits for {ranks.world - 1} others: {len(left)} of {len(units)} known units are left"
             )
         time.sleep(0.5)
 
@@ -725,15 +726,16 @@ def report(out: Path) -> None:
     counts = Counts(tokens, {split: documents[split] for split in SPLITS}, documents["skipped"])
     say(
         f"{counts.n_tokens:,} tokens of {counts.n_documents:,} documents in {len(manifest['shards'])} shards of "
-        f"{manifest['shard_size']:,} (the last shard is short by design); skipped documents: {skipped_words(counts)}"
+        f"{manifest['shard_size']:,} (the last one of a split is short by "
+        f"design); skipped documents: {skipped_words(counts)}"
     )
     for split in SPLITS:
         say(f"  {split}: {tokens[split]:,} tokens, {documents[split]:,} documents, {out / split}")
     for split, remedy in (("val", "larger"), ("train", "smaller")):
         if not documents[split] and manifest["val_fraction"]:
             say(
-                f"warning: no document fell into {split} at val_fraction = {manifest['val_fraction']}; delete {out} "
-                f"and run again with a {remedy} --val_fraction"
+                f"warning: no document fell into {split} at val_fraction = {manifest['val_fraction']}; "
+                f"delete {out} and run again with a {remedy} --val_fraction"
             )
     say(
         f"next: python train.py --run_name NAME --train_data_dir {out / 'train'} --val_data_dir {out / 'val'}"

@@ -18,18 +18,21 @@ import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
+import math
 import os
 import re
 import socket
 import sys
 import sysconfig
+import threading
 import time
 import tokenize
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +47,7 @@ KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".txt": "txt"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 READABLE = "*.parquet, *.jsonl, *.txt, *.jsonl.gz, *.jsonl.zst, *.txt.gz, *.txt.zst"
 FINEWEB = "HuggingFaceFW/fineweb-edu"
+TOKENS_PER_BYTE = 0.3  # of FineWeb-Edu's parquet files, at least
 TRIES = 8  # of each call to the Hub
 OTHER_SOURCES = "prepare files of your own with --source PATH, or set HF_ENDPOINT to a mirror of the Hub"
 
@@ -251,7 +255,7 @@ def parquet_spans(path: Path, text_column: str) -> list[tuple[int, int, int]]:
     is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
     if not any(is_kind(kind) for is_kind in is_text):
         raise UserError(
-            f"text_column = {text_column} of {path} holds {kind}, not text; columns: {', '.join(schema.names)}"
+            f"text_column = {text_column} of {path} holds {kind}, not text; it has: {', '.join(schema.names)}"
         )
     column = next(
         i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == text_column
@@ -274,8 +278,8 @@ def check_first_row(unit: Unit, text_column: str) -> None:
 
 def no_column(path: Path | str, text_column: str, names: Sequence[str]) -> UserError:
     return UserError(
-        f"text_column = {text_column} is not in {path}, which has {', '.join(map(str, names)) or 'no columns'}; "
-        "name the one with the text by --text_column"
+        f"text_column = {text_column} is not in {path}, which has {', '.join(names) or 'no columns'}; name the "
+        "one with the text by --text_column"
     )
 
 
@@ -360,7 +364,7 @@ def parse_row(line: bytes, unit: Unit, at: int) -> Any:
         return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"source file {unit.path}: the line at byte {at} is not JSON ({error}); correct or remove that line"
+            f"source file {unit.path}: the line at byte {at} is not JSON ({error}); correct or remove it"
         ) from None
 
 
@@ -401,7 +405,7 @@ def cut_in(window: bytes) -> int:
 
 
 def python_documents() -> Iterator[tuple[str, str]]:
-    """The language reference's topics, and the docstrings of each standard module, which is parsed, not run."""
+    """The language reference's topics, and the docstrings of each standard module (parsed, not run)."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -450,7 +454,16 @@ class FineWeb:
 
     val_fraction = 0.0005
 
-    def __init__(self, config: str | None, revision: str, *, out: Path, delete: bool, log: Log) -> None:
+    def __init__(
+        self,
+        config: str | None,
+        revision: str,
+        *,
+        max_tokens: int | None,
+        out: Path,
+        delete: bool,
+        log: Log,
+    ) -> None:
         config = config or "sample-10BT"
         if not re.fullmatch(r"sample-\d+BT", config):
             raise UserError(
@@ -464,26 +477,33 @@ class FineWeb:
         self.files = self.state["files"]
         self.total_weight = sum(file["size"] for file in self.files)
         self.text_bytes = int(2.6 * self.total_weight)
-        self.download_bytes = (
-            sum(sorted(file["size"] for file in self.files)[-3:]) if delete else self.total_weight
-        )
-        self.left: dict[str, int] = {}  # units to tokenise of each downloaded file
+        ends = list(itertools.accumulate(file["size"] for file in self.files))
+        enough = (max_tokens or math.inf) / TOKENS_PER_BYTE
+        self.n_wanted = 1 + sum(end < enough for end in ends[:-1])  # files, most likely
+        sizes = [file["size"] for file in self.files[: self.n_wanted]]
+        self.download_bytes = sum(sorted(sizes)[-3:] if delete else sizes)
+        self.plans: dict[int, list[Unit]] = {}
+        self.left: dict[str, int] = {}  # units that are not yet tokenised, of each file
 
     def description(self) -> dict:
         return self.state
 
     def complete(self) -> bool:
-        return all(self.plan_path(i).exists() for i in range(len(self.files)))
+        return all(self.read_plan(i) is not None for i in range(len(self.files)))
 
     def plan_path(self, index: int) -> Path:
         return self.parts / f"{index:05d}.units.json"
 
     def read_plan(self, index: int) -> list[Unit] | None:
-        try:
-            units = [Unit(**unit) for unit in json.loads(self.plan_path(index).read_text())]
-        except (OSError, ValueError, TypeError):
-            return None
-        return units if all(unit.origin == self.origin(index) for unit in units) else None
+        if index not in self.plans:
+            try:
+                units = [Unit(**unit) for unit in json.loads(self.plan_path(index).read_text())]
+            except (OSError, ValueError, TypeError):
+                return None
+            if any(unit.origin != self.origin(index) for unit in units):
+                return None
+            self.plans[index] = units
+        return self.plans[index]
 
     def origin(self, index: int) -> str:
         file = self.files[index]
@@ -503,21 +523,18 @@ class FineWeb:
         """Units of this rank's files: every world-th, so that each is downloaded once."""
         mine = deque(range(rank, len(self.files), world))
         ahead: deque = deque()
-        pool = ThreadPoolExecutor(2, thread_name_prefix="download")
-        try:
-            while mine or ahead:
-                while mine and len(ahead) < 2:
-                    index = mine.popleft()
-                    planned = self.read_plan(index)
-                    ready = planned is not None and all(done(unit) for unit in planned)
-                    ahead.append((index, planned if ready else pool.submit(self.fetch, index)))
-                index, units = ahead.popleft()
-                if not isinstance(units, list):
-                    units = self.plan(index, units.result())
-                    self.left[units[0].path] = len(units)
-                yield from units
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while mine or ahead:
+            while mine and (not ahead or len(ahead) < 2 and mine[0] < self.n_wanted):
+                index = mine.popleft()
+                planned = self.read_plan(index)
+                ready = planned is not None and all(done(unit) for unit in planned)
+                ahead.append((index, planned if ready else in_thread(self.fetch, index)))
+            index, units = ahead.popleft()
+            if isinstance(units, Future):
+                units = self.plan(index, units.result())
+            for unit in units:
+                self.left[unit.path] = self.left.get(unit.path, 0) + 1
+            yield from units
 
     def fetch(self, index: int) -> Path:
         """Download one file, continuing what is there of it, and check its size."""
@@ -560,6 +577,20 @@ class FineWeb:
                 Path(unit.path).unlink(missing_ok=True)
 
 
+def in_thread(function: Callable[..., Any], *args: Any) -> Future:
+    """Start a call in a thread that does not keep an interrupted process alive."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 class Stream:
     """Any dataset of the Hub through the package `datasets`, streamed into files of a unit each."""
 
@@ -584,12 +615,13 @@ class Stream:
             import datasets  # noqa: F401
         except ImportError:
             raise UserError(
-                f'dataset = {dataset} needs the package `datasets`; run `pip install ".[data]"`, or download files '
-                "and give them as --source"
+                f'dataset = {dataset} needs the package `datasets`; run `pip install ".[data]"`, or '
+                "download its files and give them as --source"
             ) from None
         self.parts, self.text_column, self.log = out / ".parts", text_column, log
         self.name = slug(dataset.rstrip("/").split("/")[-1])
         self.dataset = dataset
+        self.n_seen = 0  # sidecars
         asked = {"dataset": dataset, "config": config, "split": split}
         self.state = recorded(out, asked, revision, lambda: asked | {"revision": self.commit(revision)})
 
@@ -630,13 +662,12 @@ class Stream:
         return self.n_units() is not None
 
     def known_units(self) -> list[Unit]:
-        """All units, where the end is known, else those before the first that has no sidecar, and that one."""
+        """All units, where the end is known, else up to the first without a sidecar."""
         n_units = self.n_units()
         if n_units is None:
-            n_units = 0
-            while (self.parts / f"{n_units:08d}.json").exists():
-                n_units += 1
-            n_units += 1
+            while (self.parts / f"{self.n_seen:08d}.json").exists():
+                self.n_seen += 1
+            n_units = self.n_seen + 1
         return [self.unit(i) for i in range(n_units)]
 
     def units(self, rank: int, world: int, done: Done) -> Iterator[Unit]:
@@ -689,8 +720,8 @@ class Stream:
             raise
         except Exception as error:  # of many libraries, depending on the dataset
             raise UserError(
-                f"dataset = {self.dataset}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; correct "
-                "--dataset, --config, --split; what is tokenised so far is kept"
+                f"dataset = {self.dataset}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; "
+                "correct --dataset, --config, --split; what is tokenised so far is kept"
             ) from None
 
     def finished(self, unit: Unit) -> None:
@@ -700,16 +731,20 @@ class Stream:
 def recorded(out: Path, asked: dict, revision: str, find: Callable[[], dict]) -> dict:
     """What a finished or interrupted run found on the Hub for the same request, else what is found now."""
     path = out / ".parts" / "source.json"
+    stale = False
     for place, read in ((out / "manifest.json", lambda x: x["source"]), (path, lambda x: x)):
         try:
             state = read(json.loads(place.read_text()))
             same = all(state.get(key) == value for key, value in asked.items())
             if same and revision in ("main", state["revision"]):
                 return state
+            stale = place == path
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
-    path.unlink(missing_ok=True)
-    write_json(path, find(), keep=True)  # the first of several ranks decides
+    found = find()
+    if stale:
+        path.unlink(missing_ok=True)
+    write_json(path, found, keep=True)  # the first of several ranks decides
     return json.loads(path.read_text())
 
 
@@ -758,8 +793,8 @@ def with_retries(what: str, call: Callable[[], Any], log: Log, tries: int = TRIE
                 raise UserError(f"{what} cannot be had from the Hub ({reason}); {OTHER_SOURCES}") from None
             if attempt == tries:
                 raise UserError(
-                    f"{what} cannot be had from the Hub after {tries} tries ({reason}); check the network and run the "
-                    f"same command again to continue, {OTHER_SOURCES}"
+                    f"{what} cannot be had from the Hub after {tries} tries ({reason}); check the network and "
+                    f"run the same command again to continue, {OTHER_SOURCES}"
                 ) from None
             asked = getattr(response, "headers", {}).get("Retry-After", "")
             delay = min(float(asked), 600) if asked.isdigit() else min(2**attempt, 60)

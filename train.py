@@ -58,7 +58,7 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy and the spatial loss per sheet, (S,); zeros where chosen is None."""
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.model(tokens, targets, activations=chosen is not None)
+            out = self.model(tokens, targets, activations=chosen is not None, keep_logits=False)
         if chosen is None:
             return out.loss, out.loss.new_zeros(len(self.spatial.sheets))
         return out.loss, self.spatial(out.activations, chosen)

@@ -26,7 +26,8 @@ def settings_of_torch():
     """Undo what a test, or the training it started, set for the whole process."""
     yield
     if torch := sys.modules.get("torch"):
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(False)
         torch.set_float32_matmul_precision("highest")
 
 

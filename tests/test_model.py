@@ -78,6 +78,14 @@ def test_targets_of_minus_one_do_not_count(model, tokens):
     torch.testing.assert_close(part, model(tokens[:, :5], targets[:, :5]).loss)
 
 
+def test_the_loss_without_stored_logits_is_the_same(model, tokens):
+    targets = tokens.roll(-1, dims=1)
+    targets[:, 3] = -1
+    out = model(tokens, targets, keep_logits=False)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, model(tokens, targets).loss)
+
+
 def test_activations_are_the_outputs_of_the_branches_before_the_residual_addition(model, tokens):
     out = model(tokens, activations=True)
     assert list(out.activations) == sheet_names(2)
@@ -159,7 +167,9 @@ def test_top_k_keeps_the_k_likeliest():
     assert (drawn([0.0, 1.0], top_k=99) > 0).all()
 
 
-@pytest.mark.parametrize("p, kept", [(0.0, [3]), (0.5, [3]), (0.65, [2, 3]), (0.95, [1, 2, 3]), (1.0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "p, kept", [(0.0, [3]), (0.5, [3]), (0.65, [2, 3]), (0.95, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
     probabilities = [0.05, 0.1, 0.25, 0.6]
     found = drawn(torch.tensor(probabilities).log().tolist(), top_p=p)

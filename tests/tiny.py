@@ -1,5 +1,6 @@
 """A run that takes a second: its shards, its settings, and how to start it in other processes."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -12,17 +13,18 @@ from typing import Any
 
 import numpy as np
 
-import data
 from config import GPTConfig, OptimConfig, TopoConfig, TrainConfig, parse, user_errors
 
-ROOT = Path(data.__file__).parent
+ROOT = Path(__file__).parent.parent
 VOCAB = 64
 TIMING = {"tokens_per_s", "memory_gb", "eta_s", "mfu"}  # fields of a record that no two runs share
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.header(len(tokens)) + tokens.astype("<u2").tobytes())
+    header = np.zeros(256, dtype="<i4")  # llm.c's
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
     return path
 
 
@@ -131,6 +133,7 @@ def call(target: Callable, args: tuple, env: dict[str, str], output: Path) -> No
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
+    faulthandler.dump_traceback_later(60, exit=True)  # where it hangs, if it does
     with user_errors():
         target(*args)
 
