@@ -58,10 +58,10 @@ def draw(
     from matplotlib.figure import Figure
 
     n_sheets = len(columns[0][1])
-    across = 2 if len(columns) > 1 or n_sheets <= 8 else 6  # attn and mlp of one layer in a row, or of three
+    across = 2 if n_sheets <= 8 else 6  # attn and mlp of one layer in a row, or of three
     rows, gap = -(-n_sheets // across), 0.25
-    widths = ([1.0] * across + [gap]) * len(columns)
-    figure = Figure(figsize=(1.25 * sum(widths) + 1.0, 1.4 * rows + 0.9), layout="constrained")
+    widths = (([1.0] * across + [gap]) * len(columns))[:-1]
+    figure = Figure(figsize=(1.25 * sum(widths) + 1.0, 1.4 * rows + 0.9), layout="compressed")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
@@ -75,12 +75,17 @@ def draw(
             image = axis.imshow(z, cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
             axis.set_title(sheet, fontsize=7, pad=2)
         moran = np.mean(list(mean_morans_i(maps).values()))
-        heading = f"{label}mean Moran's I {moran:.2f}"
-        axes[0, first].annotate(
-            heading, (0, 1), (0, 14), xycoords="axes fraction", textcoords="offset points", fontsize=8
+        heading = axes[0, first].annotate(
+            f"{label}mean Moran's I {round(moran, 2) + 0.0:.2f}",
+            xy=(0, 1),
+            xycoords="axes fraction",
+            xytext=(0, 14),
+            textcoords="offset points",
+            fontsize=8,
         )
-    figure.suptitle(title, fontsize=10)
+        heading.set_in_layout(False)  # it may reach over the next sheet
+    figure.suptitle(f"{title}\n", fontsize=10)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30)
     bar.set_label("activation (standard deviations)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")

@@ -6,8 +6,8 @@
     python prepare_fineweb.py --dataset wikimedia/wikipedia --config 20231101.en --out_dir data/wikipedia
     srun --ntasks=10 python prepare_fineweb.py                         # ten machines, one shared folder
 
-Workers tokenise units (groups of row groups, byte ranges) into part files under OUT_DIR/.parts, each put
-in place whole; then the parts, in the order of the units, are cut into shards. What a killed run has finished,
+Workers tokenise units (row groups, byte ranges) into part files under OUT_DIR/.parts, each put in
+place whole; then the parts, in the order of the units, are cut into shards. What a killed run has finished,
 the next one keeps, and neither the number of workers nor of ranks changes a byte of the output.
 """
 
@@ -152,7 +152,7 @@ class Settings(NamedTuple):
     tokenizer_sha256: str
 
     def key(self, unit: Unit) -> str:
-        content = [FORMAT, self, unit.origin, unit.kind, unit.compression, unit.start, unit.stop]
+        content = [FORMAT, self, unit.name, unit.origin, unit.kind, unit.compression, unit.start, unit.stop]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -211,6 +211,7 @@ def prepare(cfg: PrepareConfig) -> None:
                     return say(f"rank {ranks.rank}: all is tokenised; rank 0 makes the shards")
                 manifest = manifest | assemble(pool, plan, parts, source.name, out, cfg.shard_size)
             write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+            source.close()
         shutil.rmtree(parts.folder, ignore_errors=True)
         report(out)
 
@@ -248,7 +249,14 @@ def open_source(cfg: PrepareConfig, out: Path, parts: Path, n_threads: int) -> A
         return sources.Files(cfg.source, text_column=cfg.text_column, n_threads=n_threads)
     if cfg.dataset:
         return sources.Stream(
-            cfg.dataset, cfg.config, cfg.split, cfg.revision, text_column=cfg.text_column, out=out, log=say
+            cfg.dataset,
+            cfg.config,
+            cfg.split,
+            cfg.revision,
+            text_column=cfg.text_column,
+            max_tokens=cfg.max_tokens,
+            out=out,
+            log=say,
         )
     return sources.FineWeb(
         cfg.config, cfg.revision, max_tokens=cfg.max_tokens, out=out, delete=cfg.delete_source, log=say
@@ -576,7 +584,7 @@ def wait_for_units(source: Any, parts: Parts, max_tokens: int | None, ranks: Ran
         if now - t_progress > WAIT_SECONDS:
             raise UserError(
                 f"the other ranks finished nothing for {WAIT_SECONDS} s, and {len(left)} units are missing "
-                f"(first: {left[:1]}); start the same command again, or as one process, which does what is left"
+                f"(first: {left[:1]}); run the same command again, or as one process to do all that is left"
             )
         if now - t_said > LOG_SECONDS:
             t_said = now
@@ -726,8 +734,8 @@ def report(out: Path) -> None:
     counts = Counts(tokens, {split: documents[split] for split in SPLITS}, documents["skipped"])
     say(
         f"{counts.n_tokens:,} tokens of {counts.n_documents:,} documents in {len(manifest['shards'])} shards of "
-        f"{manifest['shard_size']:,} (the last one of a split is short by "
-        f"design); skipped documents: {skipped_words(counts)}"
+        f"{manifest['shard_size']:,} (the last shard is short by design); "
+        f"skipped documents: {skipped_words(counts)}"
     )
     for split in SPLITS:
         say(f"  {split}: {tokens[split]:,} tokens, {documents[split]:,} documents, {out / split}")

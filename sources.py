@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import sysconfig
@@ -118,6 +119,9 @@ class Files:
 
     def finished(self, unit: Unit) -> None:
         """Told of each unit of this rank that is tokenised."""
+
+    def close(self) -> None:
+        """Told when the shards are made."""
 
 
 class PythonDocs(Files):
@@ -278,8 +282,8 @@ def check_first_row(unit: Unit, text_column: str) -> None:
 
 def no_column(path: Path | str, text_column: str, names: Sequence[str]) -> UserError:
     return UserError(
-        f"text_column = {text_column} is not in {path}, which has {', '.join(names) or 'no columns'}; name the "
-        "one with the text by --text_column"
+        f"text_column = {text_column} is not in {path}, which has {', '.join(names) or 'no columns'}; name "
+        "the one with the text by --text_column"
     )
 
 
@@ -471,7 +475,7 @@ class FineWeb:
             )
         self.parts, self.folder, self.delete, self.log = out / ".parts", out / "source", delete, log
         self.can_delete = not delete
-        self.name = "fineweb-edu"
+        self.name, self.max_tokens = "fineweb-edu", max_tokens
         asked = {"dataset": FINEWEB, "config": config}
         self.state = recorded(out, asked, revision, lambda: asked | list_fineweb(config, revision, log))
         self.files = self.state["files"]
@@ -481,7 +485,7 @@ class FineWeb:
         enough = (max_tokens or math.inf) / TOKENS_PER_BYTE
         self.n_wanted = 1 + sum(end < enough for end in ends[:-1])  # files, most likely
         sizes = [file["size"] for file in self.files[: self.n_wanted]]
-        self.download_bytes = sum(sorted(sizes)[-3:] if delete else sizes)
+        self.download_bytes = sum(sorted(sizes)[-3:] if delete and max_tokens is None else sizes)
         self.plans: dict[int, list[Unit]] = {}
         self.left: dict[str, int] = {}  # units that are not yet tokenised, of each file
 
@@ -573,8 +577,12 @@ class FineWeb:
     def finished(self, unit: Unit) -> None:
         if unit.path in self.left:
             self.left[unit.path] -= 1
-            if self.delete and not self.left[unit.path]:
+            if self.delete and not self.left[unit.path] and self.max_tokens is None:
                 Path(unit.path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.delete:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def in_thread(function: Callable[..., Any], *args: Any) -> Future:
@@ -608,6 +616,7 @@ class Stream:
         revision: str,
         *,
         text_column: str,
+        max_tokens: int | None,
         out: Path,
         log: Log,
     ) -> None:
@@ -620,7 +629,7 @@ class Stream:
             ) from None
         self.parts, self.text_column, self.log = out / ".parts", text_column, log
         self.name = slug(dataset.rstrip("/").split("/")[-1])
-        self.dataset = dataset
+        self.dataset, self.max_tokens = dataset, max_tokens
         self.n_seen = 0  # sidecars
         asked = {"dataset": dataset, "config": config, "split": split}
         self.state = recorded(out, asked, revision, lambda: asked | {"revision": self.commit(revision)})
@@ -725,7 +734,10 @@ class Stream:
             ) from None
 
     def finished(self, unit: Unit) -> None:
-        Path(unit.path).unlink(missing_ok=True)
+        if self.max_tokens is None:  # else it may be read again, to be cut
+            Path(unit.path).unlink(missing_ok=True)
+
+    def close(self) -> None: ...
 
 
 def recorded(out: Path, asked: dict, revision: str, find: Callable[[], dict]) -> dict:
@@ -793,8 +805,8 @@ def with_retries(what: str, call: Callable[[], Any], log: Log, tries: int = TRIE
                 raise UserError(f"{what} cannot be had from the Hub ({reason}); {OTHER_SOURCES}") from None
             if attempt == tries:
                 raise UserError(
-                    f"{what} cannot be had from the Hub after {tries} tries ({reason}); check the network and "
-                    f"run the same command again to continue, {OTHER_SOURCES}"
+                    f"{what} cannot be had from the Hub after {tries} tries ({reason}); check the network "
+                    f"and run the same command again to continue, {OTHER_SOURCES}"
                 ) from None
             asked = getattr(response, "headers", {}).get("Retry-After", "")
             delay = min(float(asked), 600) if asked.isdigit() else min(2**attempt, 60)

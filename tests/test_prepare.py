@@ -585,8 +585,12 @@ def test_a_folder_with_other_shards_is_refused_and_kept(tmp_path, corpus):
     assert after == before and (tmp_path / "foreign" / "train" / "x.bin").exists()
 
 
+def die(unit, name):
+    os._exit(1)
+
+
 def test_a_worker_that_dies_is_one_clear_line(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(prepare_fineweb, "work", os._exit)
+    monkeypatch.setattr(prepare_fineweb, "work", die)
     with pytest.raises(UserError, match="a worker process died.*smaller --num_proc"):
         run(tmp_path / "out", "--source", corpus)
 
@@ -614,16 +618,18 @@ def test_one_enormous_row_group_is_read_in_little_memory(tmp_path):
     texts = pa.array([text[i:] for i in range(1000)] * 8)  # 400 MB in one row group
     pq.write_table(pa.table({"text": texts}, schema), tmp_path / "c.parquet", use_dictionary=False)
     code = (
-        "import sources, resource, pathlib, sys; path = pathlib.Path(sys.argv[1])\n"
+        "import sources, pathlib, sys; path = pathlib.Path(sys.argv[1])\n"
         "file = sources.SourceFile('c', path, path.stat().st_size, '')\n"
         "(unit,) = sources.plan(0, file, text_column='text')\n"
         "print(sum(len(text) for _, text in sources.documents(unit, 'text')))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "c.parquet")]
     n_characters, peak = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert int(n_characters) == 8 * sum(50_000 - i for i in range(1000))
-    assert int(peak) < 250_000  # KB; tokenising adds about 100 MB
+    assert (
+        int(peak) < 300_000
+    )  # KB; a whole row group would be 400 MB more, and tokenising adds less than 100
 
 
 # ---- the Hub --------------------------------------------------------------------------------------------
@@ -750,10 +756,12 @@ def test_a_restart_keeps_the_commit_and_the_finished_files(tmp_path, hub, gpt2, 
     } == expected
 
 
-def test_max_tokens_downloads_no_more_files_than_it_needs(tmp_path, hub):
-    manifest = run(tmp_path / "out", "--max_tokens", 1000)
+def test_max_tokens_downloads_no_more_files_than_it_needs(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(sources, "TOKENS_PER_BYTE", 10)  # as in this text
+    manifest = run(tmp_path / "out", "--max_tokens", 1000, "--delete_source")
     assert 1000 <= sum(manifest["tokens"].values()) < 1400
     assert [name for _, name in hub.downloads] == ["sample/10BT/000_00000.parquet"]
+    assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
 def test_ranks_download_each_file_once(tmp_path, hub, gpt2, monkeypatch):
