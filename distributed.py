@@ -67,6 +67,11 @@ class Ranks:
         )
 
     @property
+    def has_flash(self) -> bool:
+        """Whether the device has flash attention for bfloat16: NVIDIA's from Ampere on."""
+        return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+    @property
     def peak_flops(self) -> float | None:
         """bf16 operations per second of all devices together; None where the device is not in the table."""
         found = [peak for name, peak in PEAK_FLOPS.items() if name in self.device_name]

@@ -35,6 +35,7 @@ class TopoLMLoss(nn.Module):
         self.positions = dict(positions)
         self.sheets = list(positions)
         self.per_sheet = cfg.neighbourhoods
+        self.dense: bool | None = None  # NeighbourhoodLoss: None = as the device likes it
         n_units = len(next(iter(positions.values())))
         cells = topo.neighbourhood_cells(*topo.grid_shape(n_units), cfg.radius)  # (neighbourhoods, U)
         units = np.stack([topo.units_by_cell(p)[cells] for p in positions.values()])
@@ -70,55 +71,61 @@ class TopoLMLoss(nn.Module):
         sheets = [activations[name].flatten(0, -2) for name in self.sheets]  # (N, C) each
         units = self.units.gather(1, chosen[..., None].expand(-1, -1, self.units.shape[-1]))  # (S, K, U)
         target = self.target.to(torch.promote_types(sheets[0].dtype, torch.float32))
-        return torch.stack(
-            [NeighbourhoodLoss.apply(x, u, target) for x, u in zip(sheets, units, strict=True)]
-        )
+        dense = self.dense if self.dense is not None else target.device.type != "cpu"
+        losses = [NeighbourhoodLoss.apply(x, u, target, dense) for x, u in zip(sheets, units, strict=True)]
+        return torch.stack(losses)
 
 
 class NeighbourhoodLoss(torch.autograd.Function):
     """Mean loss over neighbourhoods of one sheet, with the gradient written out.
 
     The loss depends on the activations through Gram matrices alone, so its gradient is known at the end of
-    the forward
-    pass: dL/dX = X M, with M of the Gram matrix's shape. A few neighbourhoods gather their columns of X and
-    take a Gram matrix each (U x U); where they would gather more columns than there are, all read one Gram
-    matrix of the whole sheet (C x C) instead. Statistics are fp32 or wider, also under autocast.
+    the forward pass: dL/dX = X M. A few neighbourhoods gather their columns of X and take a Gram matrix each
+    (U x U); where that would be more columns than X has, all read one Gram matrix of the whole sheet (C x C)
+    instead. On a CPU the gradient of gathered columns is added up column by column, elsewhere by one product
+    with a matrix that is mostly zeros: more arithmetic, but no atomic additions, so the same result every
+    time. Statistics are fp32 or wider, also under autocast.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, units: Tensor, target: Tensor) -> Tensor:
-        """x: (N, C) activations; units: (K, U) columns of x; target: (U, U) from standardised_pairs. Returns
-        a scalar.
+    def forward(ctx, x: Tensor, units: Tensor, target: Tensor, dense: bool) -> Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            x: (N, C) activations.
+            units: (K, U) columns of x.
+            target: (U, U) from standardised_pairs.
+            dense: whether the gradient of gathered columns is one dense product.
         """
         k, u = units.shape
-        ctx.shape, ctx.dtype, ctx.gather = x.shape, x.dtype, k * u <= x.shape[1]
-        if ctx.gather:
-            columns = x.index_select(1, units.flatten()).to(target.dtype)  # (N, K * U)
+        if k * u <= x.shape[1]:
+            columns = x.index_select(1, units.flatten()).to(target.dtype)  # (N, R), R = K * U
             columns = columns - columns.mean(0)
-            by_neighbourhood = columns.view(-1, k, u).transpose(0, 1)  # (K, N, U)
-            loss, coefficients = correlation_loss(
-                torch.bmm(by_neighbourhood.transpose(1, 2), by_neighbourhood), target
-            )
+            each = columns.view(-1, k, u).transpose(0, 1)  # (K, N, U)
+            loss, m = correlation_loss(torch.bmm(each.transpose(1, 2), each), target)
+            if dense:
+                spread = m.new_zeros(k, u, x.shape[1])
+                m = spread.scatter_(2, units[:, None, :].expand(-1, u, -1), m).flatten(0, 1)  # (R, C)
         else:
-            columns = x.to(target.dtype)  # (N, C)
+            columns = x.to(target.dtype)  # (N, R), R = C
             columns = columns - columns.mean(0)
-            pairs = units[:, :, None], units[:, None, :]
-            sheet = columns.T @ columns
-            loss, each = correlation_loss(sheet[pairs], target)
-            coefficients = torch.zeros_like(sheet).index_put_(pairs, each, accumulate=True)
-        ctx.save_for_backward(columns, units, coefficients / k)
+            sheet, pairs = columns.T @ columns, (units[:, :, None], units[:, None, :])
+            loss, m = correlation_loss(sheet[pairs], target)
+            m = torch.zeros_like(sheet).index_put_(pairs, m, accumulate=True)  # (R, C)
+        ctx.save_for_backward(columns, units, m / k)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         return loss.mean()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        columns, units, coefficients = ctx.saved_tensors
-        if not ctx.gather:
-            return (columns @ (grad * coefficients)).to(ctx.dtype), None, None
-        k, u = units.shape
-        by_neighbourhood = columns.view(-1, k, u).transpose(0, 1)
-        dx = torch.bmm(by_neighbourhood, grad * coefficients).transpose(0, 1).reshape(-1, k * u)  # (N, K * U)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        columns, units, m = ctx.saved_tensors
+        m = grad * m
+        if m.dim() == 2:
+            return (columns @ m).to(ctx.dtype), None, None, None
+        each = columns.view(-1, *units.shape).transpose(0, 1)
+        dx = torch.bmm(each, m).transpose(0, 1).reshape(columns.shape)  # (N, R)
         out = torch.zeros(ctx.shape, dtype=dx.dtype, device=dx.device)
-        return out.index_add_(1, units.flatten(), dx).to(ctx.dtype), None, None
+        return out.index_add_(1, units.flatten(), dx).to(ctx.dtype), None, None, None
 
 
 def correlation_loss(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

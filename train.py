@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -47,17 +48,27 @@ from runlog import RunLog, duration
 from spatial import TopoLMLoss, sheet_positions, weight_at
 from validation import evaluate, report
 
+FLASH = [SDPBackend.FLASH_ATTENTION]
+ANY = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
+
 
 class Objective(nn.Module):
     """The model and the spatial loss on its sheets: what is compiled, and what DDP wraps."""
 
-    def __init__(self, model: GPT, spatial: TopoLMLoss, dtype: torch.dtype) -> None:
+    def __init__(self, model: GPT, spatial: TopoLMLoss, dtype: torch.dtype, flash: bool = False) -> None:
+        """dtype: of matrix products. flash: allow no other attention kernel, so that none is slow unseen."""
         super().__init__()
-        self.model, self.spatial, self.dtype = model, spatial, dtype
+        self.model, self.spatial, self.dtype, self.flash = model, spatial, dtype, flash
 
     def forward(self, tokens: Tensor, targets: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy and the spatial loss per sheet, (S,); zeros where chosen is None."""
-        with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        autocast = torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with autocast, sdpa_kernel(FLASH if self.flash else ANY):
             out = self.model(tokens, targets, activations=chosen is not None, keep_logits=False)
         if chosen is None:
             return out.loss, out.loss.new_zeros(len(self.spatial.sheets))
@@ -80,7 +91,7 @@ def train(cfg: TrainConfig) -> TrainState:
         loader = stack.enter_context(token_loader(cfg, ranks, corpora))
         if cfg.wandb:
             state.wandb_id = log.start_wandb(cfg, state.wandb_id)
-        introduce(cfg, ranks, corpora, model, run, state, log)
+        introduce(cfg, ranks, corpora, objective, compiled, run, state, log)
 
         steps = loader.steps(state.step)
         per_rank = cfg.batch_size // (cfg.per_device_batch_size * ranks.world)  # micro-batches of a step
@@ -171,7 +182,8 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None) -> Built:
         state = TrainState(**runfolder.read_state(resume_from)["train_state"])
     bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and ranks.device.type == "cuda")
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    objective = Objective(model, TopoLMLoss(cfg.topo, positions), dtype).to(ranks.device)
+    objective = Objective(model, TopoLMLoss(cfg.topo, positions), dtype, flash=bfloat16 and ranks.has_flash)
+    objective.to(ranks.device)
     optimizer = build_optimizer(model, cfg.optim)
     if resume_from:
         checkpoint.load_optimizer(optimizer, resume_from, ranks.device)
@@ -180,9 +192,8 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None) -> Built:
 
 def wrap(cfg: TrainConfig, ranks: Ranks, objective: Objective) -> tuple[nn.Module, nn.Module]:
     """The objective as evaluation calls it (compiled), and as training does (in parallel over ranks)."""
-    compiled = objective
-    if cfg.compile == "on" or (cfg.compile == "auto" and ranks.device.type == "cuda"):
-        compiled = torch.compile(objective, dynamic=False)
+    on = cfg.compile == "on" or (cfg.compile == "auto" and ranks.device.type == "cuda")
+    compiled = torch.compile(objective, dynamic=False) if on else objective
     if ranks.world == 1:
         return compiled, compiled
     return compiled, DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -229,7 +240,8 @@ def introduce(
     cfg: TrainConfig,
     ranks: Ranks,
     corpora: preflight.Checked,
-    model: GPT,
+    objective: Objective,
+    compiled: nn.Module,
     run: Path,
     state: TrainState,
     log: RunLog,
@@ -237,7 +249,7 @@ def introduce(
     """Say in a few lines what is about to be trained."""
     h, w = topo.grid_shape(cfg.model.n_embd)
     log.say(
-        f"model: {model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
+        f"model: {objective.model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
         f"{2 * cfg.model.n_layer} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
     )
     tokens_per_step = cfg.batch_size * cfg.model.block_size
@@ -246,8 +258,12 @@ def introduce(
         f"data: {corpora.train.n_tokens:,} training tokens, {epochs:.2f} epochs in {cfg.max_steps:,} steps "
         f"of {tokens_per_step:,} tokens; {corpora.val.n_tokens:,} validation tokens"
     )
-    start = f"resuming at step {state.step:,}" if state.step else "starting"
-    log.say(f"{start} on {ranks.world} x {ranks.device_name}; run folder: {run}")
+    log.say(
+        f"device: {ranks.world} x {ranks.device_name}, {str(objective.dtype).removeprefix('torch.')}, "
+        f"{'compiled' if compiled is not objective else 'not compiled'}, "
+        f"{'flash attention only' if objective.flash else 'any attention kernel'}"
+    )
+    log.say(f"{f'resuming at step {state.step:,}' if state.step else 'starting'}; run folder: {run}")
     if state.step >= cfg.max_steps:
         log.say(f"nothing is left to train: max_steps = {cfg.max_steps}; give a larger --max_steps to go on")
 

@@ -52,8 +52,10 @@ def reference(activations: dict, positions: dict, chosen: torch.Tensor, radius: 
 
 @pytest.mark.parametrize("kind", ["permuted", "identity"])
 @pytest.mark.parametrize("neighbourhoods", [4, 7, 0])  # gathered; more columns than units; all 36 of them
-def test_loss_and_gradient_equal_the_reference_in_float64(kind, neighbourhoods):
+@pytest.mark.parametrize("dense", [False, True])
+def test_loss_and_gradient_equal_the_reference_in_float64(kind, neighbourhoods, dense):
     loss, positions = small_loss(positions=kind, neighbourhoods=neighbourhoods)
+    loss.dense = dense
     chosen = loss.choose(0, step=7, micro_batch=1)
     ours, theirs = random_activations(), random_activations()
     for x in (*ours.values(), *theirs.values()):
@@ -135,9 +137,10 @@ def test_neighbourhoods_of_a_micro_batch_depend_on_its_place_alone():
     assert all(len(set(row)) == 4 for row in first.tolist())
 
 
-@pytest.mark.parametrize("neighbourhoods", [4, 0])
-def test_compiles_into_one_graph(neighbourhoods):
+@pytest.mark.parametrize("neighbourhoods, dense", [(4, False), (4, True), (0, True)])
+def test_compiles_into_one_graph(neighbourhoods, dense):
     loss, _ = small_loss(neighbourhoods=neighbourhoods)
+    loss.dense = dense
     chosen = loss.choose(0, 0, 0)
     x = {s: v.requires_grad_() for s, v in random_activations(torch.float32).items()}
     eager = loss(x, chosen)
