@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
 class RunLog:
     """Writes on the main rank; on the others every call does nothing."""
 
-    def __init__(self, run: Path, *, is_main: bool, step: int, max_steps: int) -> None:
+    def __init__(self, run: Path, is_main: bool, step: int, max_steps: int) -> None:
         """Open the log of a run at `step`; records that a killed run wrote beyond it are dropped."""
         self.is_main, self.run = is_main, run
         self.wandb: Any = None

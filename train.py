@@ -21,11 +21,8 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -38,13 +35,14 @@ import distributed
 import provenance
 import rng
 import runfolder
-import topo
 from data import TokenLoader
 from distributed import Ranks
+from interrupt import StopSignals
 from model import GPT, sheet_names
 from optim import build_optimizer, lr_at
+from progress import Clock, introduce, log_step, say_goodbye
 from runfolder import TrainState
-from runlog import RunLog, duration
+from runlog import RunLog
 from spatial import TopoLMLoss, sheet_positions, weight_at
 from validation import evaluate, report
 
@@ -85,18 +83,17 @@ def train(cfg: TrainConfig) -> TrainState:
         model, objective, optimizer, state = build(cfg, ranks, corpora.resume_from)
         compiled, parallel = wrap(cfg, ranks, objective)
         run = open_run_folder(cfg, ranks, corpora)
-        log = stack.enter_context(
-            RunLog(run, is_main=ranks.is_main, step=state.step, max_steps=cfg.max_steps)
-        )
+        log = stack.enter_context(RunLog(run, ranks.is_main, state.step, cfg.max_steps))
         loader = stack.enter_context(token_loader(cfg, ranks, corpora))
         if cfg.wandb:
             state.wandb_id = log.start_wandb(cfg, state.wandb_id)
-        introduce(cfg, ranks, corpora, objective, compiled, run, state, log)
+        introduce(cfg, ranks, corpora, model, describe(objective, compiled), run, state, log)
 
         steps = loader.steps(state.step)
         per_rank = cfg.batch_size // (cfg.per_device_batch_size * ranks.world)  # micro-batches of a step
         skipped_in_a_row = torch.tensor(float(state.skipped_in_a_row), device=ranks.device)
         with_spatial = cfg.topo.loss != "none"
+        no_sync = parallel.no_sync if ranks.world > 1 else contextlib.nullcontext
         clock = Clock(cfg, model, ranks, state.step)
         for step in range(state.step, cfg.max_steps + 1):
             state.step, finished = step, step == cfg.max_steps
@@ -115,9 +112,8 @@ def train(cfg: TrainConfig) -> TrainState:
             if best or stop or step % cfg.save_every == 0:
                 state.skipped_in_a_row = int(skipped_in_a_row)
                 if ranks.is_main:
-                    checkpoint.save(
-                        run, model, objective.spatial.positions, optimizer, state, saved_record(cfg, corpora)
-                    )
+                    record = saved_record(cfg, corpora)
+                    checkpoint.save(run, model, objective.spatial.positions, optimizer, state, record)
                     runfolder.prune(run, cfg.keep_last)
                 clock.restart(step)
             if stop:
@@ -127,20 +123,14 @@ def train(cfg: TrainConfig) -> TrainState:
             lr, weight = lr_at(cfg.optim, step, cfg.max_steps), weight_at(cfg.topo, step, cfg.max_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            cross_entropy, spatial_loss = (
-                torch.zeros((), device=ranks.device),
-                torch.zeros((), device=ranks.device),
-            )
+            losses = torch.zeros(2, device=ranks.device)  # cross-entropy, spatial loss per sheet
             for i, batch in enumerate(next(steps)):
                 chosen = objective.spatial.choose(cfg.seed, step, batch.index) if with_spatial else None
                 torch.manual_seed(rng.seed(cfg.seed, "dropout", step, batch.index))  # no random state to save
-                with (
-                    contextlib.nullcontext() if i == per_rank - 1 or ranks.world == 1 else parallel.no_sync()
-                ):
+                with contextlib.nullcontext() if i == per_rank - 1 else no_sync():
                     ce, spatial = parallel(batch.tokens, batch.targets, chosen)
                     ((ce + weight * spatial.sum()) / per_rank).backward()
-                cross_entropy += ce.detach() / per_rank
-                spatial_loss += spatial.detach().mean() / per_rank
+                losses += torch.stack([ce, spatial.mean()]).detach() / per_rank
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or torch.inf)
             skip = (~grad_norm.isfinite()).float()
             optimizer.found_inf = skip  # the fused kernel leaves everything as it is where this is 1
@@ -150,15 +140,10 @@ def train(cfg: TrainConfig) -> TrainState:
 
             # ---- once in a while: log this step; the one place where the host waits for the device
             if (step + 1) % cfg.log_every == 0:
-                means = ranks.mean(
-                    torch.stack([cross_entropy, spatial_loss, grad_norm, skipped_in_a_row])
-                ).tolist()
+                means = ranks.mean(torch.stack([*losses, grad_norm, skipped_in_a_row])).tolist()
                 log_step(cfg, step + 1, means, lr, weight, clock.read(step + 1), log)
         say_goodbye(run, state, log, early=stopped_early, told=told_to_stop)
         return state
-
-
-# ---- before the loop -----------------------------------------------------------------------------
 
 
 class Built(NamedTuple):
@@ -199,6 +184,12 @@ def wrap(cfg: TrainConfig, ranks: Ranks, objective: Objective) -> tuple[nn.Modul
     return compiled, DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+def describe(objective: Objective, compiled: nn.Module) -> str:
+    dtype = str(objective.dtype).removeprefix("torch.")
+    attention = "flash attention only" if objective.flash else "any attention kernel"
+    return f"{dtype}, {'compiled' if compiled is not objective else 'not compiled'}, {attention}"
+
+
 def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked) -> Path:
     """Make out/RUN with config.yaml and provenance.json; a resumed run adds its start to the latter."""
     run = Path(cfg.out_dir) / cfg.run_name
@@ -236,60 +227,6 @@ def token_loader(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked) -> 
     )
 
 
-def introduce(
-    cfg: TrainConfig,
-    ranks: Ranks,
-    corpora: preflight.Checked,
-    objective: Objective,
-    compiled: nn.Module,
-    run: Path,
-    state: TrainState,
-    log: RunLog,
-) -> None:
-    """Say in a few lines what is about to be trained."""
-    h, w = topo.grid_shape(cfg.model.n_embd)
-    log.say(
-        f"model: {objective.model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
-        f"{2 * cfg.model.n_layer} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
-    )
-    tokens_per_step = cfg.batch_size * cfg.model.block_size
-    epochs = cfg.max_steps * tokens_per_step / corpora.train.n_tokens
-    log.say(
-        f"data: {corpora.train.n_tokens:,} training tokens, {epochs:.2f} epochs in {cfg.max_steps:,} steps "
-        f"of {tokens_per_step:,} tokens; {corpora.val.n_tokens:,} validation tokens"
-    )
-    log.say(
-        f"device: {ranks.world} x {ranks.device_name}, {str(objective.dtype).removeprefix('torch.')}, "
-        f"{'compiled' if compiled is not objective else 'not compiled'}, "
-        f"{'flash attention only' if objective.flash else 'any attention kernel'}"
-    )
-    log.say(f"{f'resuming at step {state.step:,}' if state.step else 'starting'}; run folder: {run}")
-    if state.step >= cfg.max_steps:
-        log.say(f"nothing is left to train: max_steps = {cfg.max_steps}; give a larger --max_steps to go on")
-
-
-class StopSignals(contextlib.AbstractContextManager):
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for a checkpoint and a clean end; a second ends at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __enter__(self) -> "StopSignals":
-        self.received = False
-        self.before = {s: signal.signal(s, self.handle) for s in self.SIGNALS}
-        return self
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        self.restore()
-
-    def restore(self) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def __exit__(self, *error: object) -> None:
-        self.restore()
-
-
 @contextlib.contextmanager
 def explain_out_of_memory(cfg: TrainConfig) -> Iterator[None]:
     try:
@@ -300,90 +237,6 @@ def explain_out_of_memory(cfg: TrainConfig) -> Iterator[None]:
             f"per_device_batch_size = {cfg.per_device_batch_size} does not fit the memory of the device; try "
             f"--per_device_batch_size {half}"
         ) from None
-
-
-# ---- in the loop ---------------------------------------------------------------------------------
-
-
-class Clock:
-    """Tokens per second between two logged steps, evaluations and checkpoints left out."""
-
-    def __init__(self, cfg: TrainConfig, model: GPT, ranks: Ranks, step: int) -> None:
-        self.tokens_per_step = cfg.batch_size * cfg.model.block_size
-        self.flops_per_token = model.flops_per_token()
-        self.peak_flops = ranks.peak_flops
-        self.ranks, self.max_steps = ranks, cfg.max_steps
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self.step, self.t0 = step, time.perf_counter()
-
-    def read(self, step: int) -> dict[str, float]:
-        """Speed since the last reading; only after the host has waited for the device."""
-        dt = time.perf_counter() - self.t0
-        tokens_per_s = (step - self.step) * self.tokens_per_step / dt
-        speed = {
-            "tokens_per_s": tokens_per_s,
-            "memory_gb": self.ranks.peak_memory() / 1e9,
-            "eta_s": (self.max_steps - step) * self.tokens_per_step / tokens_per_s,
-        }
-        if self.peak_flops:
-            speed["mfu"] = tokens_per_s * self.flops_per_token / self.peak_flops
-        self.restart(step)
-        return speed
-
-
-def log_step(
-    cfg: TrainConfig,
-    step: int,
-    means: list[float],
-    lr: float,
-    weight: float,
-    speed: dict[str, float],
-    log: RunLog,
-) -> None:
-    """Record a training step: `means` over ranks and micro-batches as the loop stacks them."""
-    cross_entropy, spatial_loss, grad_norm, skipped = means
-    n_sheets = 2 * cfg.model.n_layer
-    values = {"step": step, "split": "train", "cross_entropy": cross_entropy, "loss": cross_entropy}
-    text = f"cross-entropy {cross_entropy:.4f}"
-    if cfg.topo.loss != "none":
-        values |= {"spatial_loss": spatial_loss, "loss": cross_entropy + weight * n_sheets * spatial_loss}
-        text += f"  spatial {spatial_loss:.4f}"
-    values |= {"lr": lr, "grad_norm": grad_norm, "skipped_in_a_row": int(skipped)}
-    values |= {"tokens": step * cfg.batch_size * cfg.model.block_size, **speed}
-    log.record(values)
-    rate = f"{speed['tokens_per_s']:,.0f} tokens/s" + (f"  MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
-    eta = f"{speed['memory_gb']:.1f} GB  ETA {duration(speed['eta_s'])}"
-    log.advance(
-        step,
-        f"step {step:,}/{cfg.max_steps:,}  {text}  lr {lr:.1e}  grad norm {grad_norm:.2f}  {rate}  {eta}",
-    )
-    if skipped:
-        log.say(f"step {step:,}: the gradient is not finite; {int(skipped)} steps in a row are skipped")
-    if skipped >= cfg.max_skipped:
-        raise UserError(
-            f"max_skipped = {cfg.max_skipped} steps in a row had a non-finite gradient; the checkpoints in "
-            f"{cfg.out_dir}/{cfg.run_name} are kept: lower --optim.lr, or --resume from the last one"
-        )
-
-
-def say_goodbye(run: Path, state: TrainState, log: RunLog, *, early: bool, told: bool) -> None:
-    """Say why and where the run ended."""
-    if told:
-        log.say(f"stopped by a signal at step {state.step:,}; the checkpoint is saved, --resume continues")
-    elif early:
-        log.say(
-            f"stopped early at step {state.step:,}: validation cross-entropy rose {state.increases} times "
-            "in a row"
-        )
-    else:
-        log.say(f"finished at step {state.step:,}")
-    if state.best_step is not None:
-        log.say(
-            f"best validation cross-entropy {state.best_cross_entropy:.4f} at step {state.best_step:,}: "
-            f"{run / 'best'}"
-        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""What a person reads while a run goes on: what is trained, a line per logged step, how it ended."""
+
+import time
+from pathlib import Path
+
+import preflight
+import topo
+from config import TrainConfig, UserError
+from distributed import Ranks
+from model import GPT
+from runfolder import TrainState
+from runlog import RunLog, duration
+
+
+def introduce(
+    cfg: TrainConfig,
+    ranks: Ranks,
+    corpora: preflight.Checked,
+    model: GPT,
+    how: str,
+    run: Path,
+    state: TrainState,
+    log: RunLog,
+) -> None:
+    """Say in a few lines what is about to be trained; `how` is what the device does."""
+    h, w = topo.grid_shape(cfg.model.n_embd)
+    log.say(
+        f"model: {model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
+        f"{2 * cfg.model.n_layer} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
+    )
+    tokens_per_step = cfg.batch_size * cfg.model.block_size
+    epochs = cfg.max_steps * tokens_per_step / corpora.train.n_tokens
+    log.say(
+        f"data: {corpora.train.n_tokens:,} training tokens, {epochs:.2f} epochs in {cfg.max_steps:,} steps "
+        f"of {tokens_per_step:,} tokens; {corpora.val.n_tokens:,} validation tokens"
+    )
+    log.say(f"device: {ranks.world} x {ranks.device_name}, {how}")
+    log.say(f"{f'resuming at step {state.step:,}' if state.step else 'starting'}; run folder: {run}")
+    if state.step >= cfg.max_steps:
+        log.say(f"nothing is left to train: max_steps = {cfg.max_steps}; give a larger --max_steps to go on")
+
+
+class Clock:
+    """Tokens per second between two logged steps, evaluations and checkpoints left out."""
+
+    def __init__(self, cfg: TrainConfig, model: GPT, ranks: Ranks, step: int) -> None:
+        self.tokens_per_step = cfg.batch_size * cfg.model.block_size
+        self.flops_per_token = model.flops_per_token()
+        self.peak_flops = ranks.peak_flops
+        self.ranks, self.max_steps = ranks, cfg.max_steps
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.step, self.t0 = step, time.perf_counter()
+
+    def read(self, step: int) -> dict[str, float]:
+        """Speed since the last reading; only after the host has waited for the device."""
+        dt = time.perf_counter() - self.t0
+        tokens_per_s = (step - self.step) * self.tokens_per_step / dt
+        speed = {
+            "tokens_per_s": tokens_per_s,
+            "memory_gb": self.ranks.peak_memory() / 1e9,
+            "eta_s": (self.max_steps - step) * self.tokens_per_step / tokens_per_s,
+        }
+        if self.peak_flops:
+            speed["mfu"] = tokens_per_s * self.flops_per_token / self.peak_flops
+        self.restart(step)
+        return speed
+
+
+def log_step(
+    cfg: TrainConfig,
+    step: int,
+    means: list[float],
+    lr: float,
+    weight: float,
+    speed: dict[str, float],
+    log: RunLog,
+) -> None:
+    """Record a training step: `means` over ranks and micro-batches as the loop stacks them."""
+    cross_entropy, spatial_loss, grad_norm, skipped = means
+    n_sheets = 2 * cfg.model.n_layer
+    values = {"step": step, "split": "train", "cross_entropy": cross_entropy, "loss": cross_entropy}
+    text = f"cross-entropy {cross_entropy:.4f}"
+    if cfg.topo.loss != "none":
+        values |= {"spatial_loss": spatial_loss, "loss": cross_entropy + weight * n_sheets * spatial_loss}
+        text += f"  spatial {spatial_loss:.4f}"
+    values |= {"lr": lr, "grad_norm": grad_norm, "skipped_in_a_row": int(skipped)}
+    values |= {"tokens": step * cfg.batch_size * cfg.model.block_size, **speed}
+    log.record(values)
+    rate = f"{speed['tokens_per_s']:,.0f} tokens/s" + (f"  MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
+    eta = f"{speed['memory_gb']:.1f} GB  ETA {duration(speed['eta_s'])}"
+    log.advance(
+        step,
+        f"step {step:,}/{cfg.max_steps:,}  {text}  lr {lr:.1e}  grad norm {grad_norm:.2f}  {rate}  {eta}",
+    )
+    if skipped:
+        log.say(f"step {step:,}: the gradient is not finite; {int(skipped)} steps in a row are skipped")
+    if skipped >= cfg.max_skipped:
+        raise UserError(
+            f"max_skipped = {cfg.max_skipped} steps in a row had a non-finite gradient; the checkpoints in "
+            f"{cfg.out_dir}/{cfg.run_name} are kept: lower --optim.lr, or --resume from the last one"
+        )
+
+
+def say_goodbye(run: Path, state: TrainState, log: RunLog, *, early: bool, told: bool) -> None:
+    """Say why and where the run ended."""
+    if told:
+        log.say(f"stopped by a signal at step {state.step:,}; the checkpoint is saved, --resume continues")
+    elif early:
+        log.say(
+            f"stopped early at step {state.step:,}: validation cross-entropy rose {state.increases} times "
+            "in a row"
+        )
+    else:
+        log.say(f"finished at step {state.step:,}")
+    if state.best_step is not None:
+        log.say(
+            f"best validation cross-entropy {state.best_cross_entropy:.4f} at step {state.best_step:,}: "
+            f"{run / 'best'}"
+        )
