@@ -177,7 +177,7 @@ def prepare(cfg: PrepareConfig) -> None:
     n_workers = cfg.num_proc or max(1, n_cores() // ranks.local_world)
     parts = Parts(out / ".parts")
     with locked(out, parts.folder, ranks.rank):
-        vocabulary = tokenizer.load(cfg.vocab_dir)
+        vocab_dir = tokenizer.find(cfg.vocab_dir)
         source = open_source(cfg, out, parts.folder, n_workers)
         val_fraction = source.val_fraction if cfg.val_fraction is None else cfg.val_fraction
         parts.settings = Settings(cfg.text_column, val_fraction, vocabulary_sha256())
@@ -197,7 +197,7 @@ def prepare(cfg: PrepareConfig) -> None:
             say(f"{out / 'manifest.json'} is there and its settings are these: nothing to do")
         else:
             check_disk(cfg, source, out)
-            with worker_pool(n_workers, str(vocabulary.folder), parts) as pool:
+            with worker_pool(n_workers, str(vocab_dir), parts) as pool:
                 plan = parts.read_plan(manifest)
                 if plan is None:
                     if ranks.rank == 0:
@@ -660,9 +660,8 @@ def assemble(pool: Any, plan: dict, parts: Parts, name: str, out: Path, shard_si
     """Cut the parts, laid end to end, into shards; parts that are used up are deleted."""
     total = Counts(**plan["total"])
     if not total.n_documents:
-        raise UserError(
-            f"no document with text was found: {skipped_words(total)}; check --source and --text_column"
-        )
+        found = skipped_words(total.skipped)
+        raise UserError(f"no document with text was found: {found}; check --source and --text_column")
     shards = []
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
@@ -724,18 +723,18 @@ def make_shard(out: str, path: str, pieces: list[tuple[str, int, int]]) -> dict:
     return result
 
 
-def skipped_words(counts: Counts) -> str:
-    return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.skipped.items())
+def skipped_words(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in skipped.items())
 
 
 def report(out: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     documents, tokens = manifest["documents"], manifest["tokens"]
-    counts = Counts(tokens, {split: documents[split] for split in SPLITS}, documents["skipped"])
+    n_tokens, n_documents = (sum(of[split] for split in SPLITS) for of in (tokens, documents))
     say(
-        f"{counts.n_tokens:,} tokens of {counts.n_documents:,} documents in {len(manifest['shards'])} shards of "
+        f"{n_tokens:,} tokens of {n_documents:,} documents in {len(manifest['shards'])} shards of "
         f"{manifest['shard_size']:,} (the last shard is short by design); "
-        f"skipped documents: {skipped_words(counts)}"
+        f"skipped documents: {skipped_words(documents['skipped'])}"
     )
     for split in SPLITS:
         say(f"  {split}: {tokens[split]:,} tokens, {documents[split]:,} documents, {out / split}")

