@@ -9,7 +9,6 @@ ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for processes tests start
 
 import pytest  # noqa: E402
-
 import tiny  # noqa: E402
 
 

@@ -1,4 +1,6 @@
-"""A mistake gets one clear line and exit code 2, at once, and nothing is lost. Run: pytest tests/test_bad_input.py
+"""A mistake gets one clear line and exit code 2, at once, and nothing is lost.
+
+    pytest tests/test_bad_input.py
 
 Torch cannot be imported where these commands run: it takes seconds, and a mistake should be told before that.
 """
@@ -11,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import tiny
+
 from config import to_yaml
 from train import train
 
@@ -90,7 +92,11 @@ def command(folder: Path, given: list[str]) -> subprocess.CompletedProcess:
 def contents(folder: Path) -> dict[str, bytes | str]:
     """Every file and link below a folder."""
     return {
-        str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else ""
+        str(p.relative_to(folder)): os.readlink(p)
+        if p.is_symlink()
+        else p.read_bytes()
+        if p.is_file()
+        else ""
         for p in folder.rglob("*")
     }
 
@@ -103,10 +109,16 @@ def flags(text: str) -> list[str]:
 CASES: dict[str, tuple[list[str], list[str]]] = {
     # data
     "missing_data": (flags("--train_data_dir nowhere"), ["train_data_dir", "nowhere", "prepare_fineweb.py"]),
-    "missing_validation_data": (flags("--val_data_dir no/*.bin"), ["val_data_dir", "no/*.bin", "prepare_fineweb"]),
+    "missing_validation_data": (
+        flags("--val_data_dir no/*.bin"),
+        ["val_data_dir", "no/*.bin", "prepare_fineweb"],
+    ),
     "empty_folder": (flags("--train_data_dir empty"), ["train_data_dir", "empty", "prepare_fineweb.py"]),
     "no_data_given": ([*flags("--train_data_dir")], ["train_data_dir", "give"]),
-    "truncated_shard": (flags("--train_data_dir truncated"), ["train_data_dir", "truncated/bad.bin", "1142", "1144"]),
+    "truncated_shard": (
+        flags("--train_data_dir truncated"),
+        ["train_data_dir", "truncated/bad.bin", "1142", "1144"],
+    ),
     "half_a_header": (flags("--train_data_dir headless"), ["headless/bad.bin", "500", "truncated"]),
     "empty_file": (flags("--train_data_dir nothing"), ["nothing/bad.bin", "empty", "delete it"]),
     "wrong_magic": (flags("--train_data_dir wrong_magic"), ["wrong_magic/bad.bin", "magic 7", "20240520"]),
@@ -117,7 +129,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "fewer_tokens_than_a_window": (flags("--val_data_dir short"), ["val_data_dir", "16", "17", "block_size"]),
     # values
-    "heads_do_not_divide_width": (flags("--model.n_head 3"), ["n_embd = 16", "n_head = 3", "--model.n_head 2"]),
+    "heads_do_not_divide_width": (
+        flags("--model.n_head 3"),
+        ["n_embd = 16", "n_head = 3", "--model.n_head 2"],
+    ),
     "batch_does_not_divide": (flags("--batch_size 7"), ["batch_size = 7", "per_device_batch_size = 2", "8"]),
     "radius_too_large": (flags("--topo.radius 3"), ["topo.radius = 3", "5x5", "4x4", "is 2"]),
     "radius_too_small": (flags("--topo.radius 1"), ["topo.radius = 1", "at least 2"]),
@@ -162,7 +177,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "yaml_unknown_key": (["unknown.yaml"], ["unknown.yaml", "max_step", "did you mean max_steps"]),
     "yaml_unknown_nested_key": (["unknown_nested.yaml"], ["model.n_layers", "did you mean model.n_layer"]),
     "yaml_nested_key_at_the_top": (["nested_at_the_top.yaml"], ["n_layer", "did you mean model.n_layer"]),
-    "yaml_number_for_a_section": (["number_for_section.yaml"], ["number_for_section.yaml", "model", "section"]),
+    "yaml_number_for_a_section": (
+        ["number_for_section.yaml"],
+        ["number_for_section.yaml", "model", "section"],
+    ),
     "yaml_section_for_a_number": (["section_for_number.yaml"], ["section_for_number.yaml", "max_steps"]),
     "yaml_list_for_a_number": (["list_for_number.yaml"], ["list_for_number.yaml", "max_steps"]),
     "yaml_nothing_for_a_number": (["nothing_for_number.yaml"], ["nothing_for_number.yaml", "max_steps"]),
@@ -176,7 +194,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     # runs
     "name_is_taken": (flags("--run_name old"), ["run_name = old", "--resume", "--overwrite", "--run_name"]),
     "resume_of_nothing": (flags("--run_name odl --resume"), ["odl", "old", "--resume"]),
-    "resume_and_overwrite": (flags("--run_name old --resume --overwrite"), ["resume", "overwrite", "one of them"]),
+    "resume_and_overwrite": (
+        flags("--run_name old --resume --overwrite"),
+        ["resume", "overwrite", "one of them"],
+    ),
     "resume_with_another_model": (
         flags("--run_name old --resume --model.n_layer 2"),
         ["model.n_layer = 2", "1", "--run_name"],
@@ -189,9 +210,15 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         flags("--run_name old --resume --train_data_dir other_data"),
         ["train_data_dir", "--run_name"],
     ),
-    "resume_with_another_seed": (flags("--run_name old --resume --seed 1"), ["seed = 1", "1337", "--run_name"]),
+    "resume_with_another_seed": (
+        flags("--run_name old --resume --seed 1"),
+        ["seed = 1", "1337", "--run_name"],
+    ),
     "resume_with_another_batch": (flags("--run_name old --resume --batch_size 4"), ["batch_size = 4", "8"]),
-    "output_below_a_file": (flags("--out_dir file/out"), ["out_dir = file/out", "cannot be written", "--out_dir"]),
+    "output_below_a_file": (
+        flags("--out_dir file/out"),
+        ["out_dir = file/out", "cannot be written", "--out_dir"],
+    ),
     "output_is_a_file": (flags("--out_dir file"), ["out_dir = file", "cannot be written", "--out_dir"]),
 }
 
@@ -249,7 +276,7 @@ def test_help_needs_no_torch_and_explains_every_setting(workplace):
     assert done.returncode == 0 and done.stderr == ""
     for flag in ("--run_name", "--train_data_dir", "--per_device_batch_size", "--topo.radius", "--wandb"):
         assert flag in done.stdout
-    assert "sequences per GPU and micro-step" in " ".join(done.stdout.replace("│", " ").split())
+    assert "sequences per GPU and micro-step" in " ".join(done.stdout.replace("\u2502", " ").split())
 
 
 def test_a_mistake_in_another_process_than_the_first_is_told_as_well(workplace, monkeypatch):

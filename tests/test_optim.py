@@ -57,7 +57,7 @@ def test_one_step_is_adamw_as_published():
         torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
-# ---- schedule -------------------------------------------------------------------------------------------------
+# ---- schedule ----------------------------------------------------------------------------------------------
 
 
 def test_rates_at_the_corners_of_the_schedule():
@@ -84,7 +84,7 @@ def test_a_decay_that_ends_before_the_warm_up_does_leaves_the_least_rate():
     assert lr_at(cfg, 9, 100) == 0.25
 
 
-# ---- skipped steps --------------------------------------------------------------------------------------------
+# ---- skipped steps -----------------------------------------------------------------------------------------
 
 
 def gradients(model: torch.nn.Module, seed: int) -> None:
@@ -100,7 +100,7 @@ def everything(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def test_a_skipped_step_leaves_weights_moments_and_counts_as_they_are():
-    """The loop sets found_inf where the gradient is not finite; the fused kernel must honour it, also on the CPU."""
+    """The loop sets found_inf if the gradient is not finite; the fused kernel must obey, also on the CPU."""
     model = GPT(SMALL)
     optimizer = build_optimizer(model, OptimConfig(lr=0.1))
     gradients(model, 0)
@@ -120,7 +120,9 @@ def test_a_skipped_step_leaves_weights_moments_and_counts_as_they_are():
     gradients(model, 1)
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
-    assert not torch.equal(everything(model, optimizer)["transformer.wte.weight"], before["transformer.wte.weight"])
+    assert not torch.equal(
+        everything(model, optimizer)["transformer.wte.weight"], before["transformer.wte.weight"]
+    )
 
 
 def test_a_run_whose_first_step_is_skipped_starts_with_the_second():

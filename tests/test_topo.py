@@ -1,15 +1,18 @@
-"""Sheets, neighbourhoods and Moran's I against known answers and slow references. Run: pytest tests/test_topo.py"""
+"""Sheets, neighbourhoods and Moran's I against known answers and slow references.
+
+pytest tests/test_topo.py
+"""
 
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 import rng
-import tiny
 import topo
 
 
@@ -28,7 +31,7 @@ def test_a_grid_holds_every_unit_and_none_is_squarer(n_units):
     assert not [a for a in range(h + 1, w) if n_units % a == 0 and a <= n_units // a]
 
 
-# ---- positions ------------------------------------------------------------------------------------------------
+# ---- positions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["permuted", "identity"])
@@ -57,7 +60,7 @@ def test_permuted_positions_are_a_pure_function_of_seed_and_sheet():
 
 
 def test_permutations_are_the_ones_of_runs_made_so_far():
-    """Checkpoints carry their positions, but data order and neighbourhoods are drawn anew when a run is resumed."""
+    """Checkpoints carry positions, but data order and neighbourhoods are drawn anew when a run is resumed."""
     assert rng.permutation(8, 1337, "epoch", 0).tolist() == [1, 4, 5, 2, 0, 7, 6, 3]
 
 
@@ -90,11 +93,12 @@ def test_two_units_in_one_cell_are_refused():
         topo.units_by_cell(position)
 
 
-# ---- neighbourhoods -------------------------------------------------------------------------------------------
+# ---- neighbourhoods ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "h, w, radius, n, n_units", [(28, 28, 5, 400, 81), (28, 28, 10, 100, 361), (24, 32, 5, 384, 81), (3, 3, 2, 1, 9)]
+    "h, w, radius, n, n_units",
+    [(28, 28, 5, 400, 81), (28, 28, 10, 100, 361), (24, 32, 5, 384, 81), (3, 3, 2, 1, 9)],
 )
 def test_numbers_of_neighbourhoods_and_of_their_units(h, w, radius, n, n_units):
     assert topo.neighbourhood_cells(h, w, radius).shape == (n, n_units)
@@ -132,7 +136,7 @@ def test_distances_by_norm(norm, corner):
     assert np.array_equal(inverse, inverse.T)
 
 
-# ---- Moran's I ------------------------------------------------------------------------------------------------
+# ---- Moran's I ---------------------------------------------------------------------------------------------
 
 
 def dense_morans_i(grid: np.ndarray, contiguity: str) -> float:

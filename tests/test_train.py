@@ -1,4 +1,7 @@
-"""The loop: what it writes, when it stops, what it does about a broken gradient. Run: pytest tests/test_train.py"""
+"""The loop: what it writes, when it stops, what it does about a broken gradient.
+
+pytest tests/test_train.py
+"""
 
 import dataclasses
 import json
@@ -7,13 +10,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
 import checkpoint
 import maps
-import tiny
 import topo
 import train as train_module
 from checkpoint import load_run
@@ -31,7 +35,7 @@ def run(folder) -> Path:
     return tiny.folder_of(cfg)
 
 
-# ---- the state ------------------------------------------------------------------------------------------------
+# ---- the state ---------------------------------------------------------------------------------------------
 
 
 def update(state: TrainState, *cross_entropies: float) -> list[bool]:
@@ -72,7 +76,7 @@ def test_recovering_from_nan_is_not_an_increase():
     assert state.increases == 0
 
 
-# ---- the folder of a run --------------------------------------------------------------------------------------
+# ---- the folder of a run -----------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_the_files_that_the_readme_names(run):
@@ -138,9 +142,8 @@ def test_the_maps_of_an_evaluation_are_kept(run):
 def test_a_checkpoint_loads_with_the_cross_entropy_it_was_saved_for(run, folder):
     """Recomputed from the weights on disk, the plain way."""
     loaded = load_run(run, "best")
-    tokens = torch.from_numpy(
-        __import__("numpy").fromfile(folder / "val" / "one.bin", dtype="<u2", offset=1024).astype("int64")
-    )
+    raw = np.fromfile(folder / "val" / "one.bin", dtype="<u2", offset=1024)
+    tokens = torch.from_numpy(raw.astype("int64"))
     x, y = (tokens[i : i + 592].view(37, 16) for i in (0, 1))
     with torch.no_grad():
         loss = loaded.model(x, y).loss
@@ -167,7 +170,7 @@ def test_overwrite_deletes_nothing_that_is_not_a_run(folder):
     assert thesis.read_text() == "ten years of work"
 
 
-# ---- what is computed -----------------------------------------------------------------------------------------
+# ---- what is computed --------------------------------------------------------------------------------------
 
 
 def test_the_same_settings_give_the_same_run(run, folder):
@@ -219,7 +222,9 @@ def test_a_language_with_structure_is_learnt(tmp_path):
     counting = torch.arange(4000).numpy() % tiny.VOCAB
     for split in ("train", "val"):
         tiny.write_shard(tmp_path / split / "one.bin", counting)
-    cfg = tiny.config(tmp_path, max_steps=60, eval_every=60, log_every=20, optim={"decay_steps": None, "lr": 0.03})
+    cfg = tiny.config(
+        tmp_path, max_steps=60, eval_every=60, log_every=20, optim={"decay_steps": None, "lr": 0.03}
+    )
     train(cfg)
     first, last = tiny.records(tiny.folder_of(cfg), "val")
     assert first["cross_entropy"] > 4 and last["cross_entropy"] < 2
@@ -242,7 +247,7 @@ def test_bfloat16_trains_too(folder, run):
     assert ours["cross_entropy"] == pytest.approx(theirs["cross_entropy"], rel=0.01)
 
 
-# ---- early stopping -------------------------------------------------------------------------------------------
+# ---- early stopping ----------------------------------------------------------------------------------------
 
 
 def test_training_stops_after_as_many_increases_as_patience_says(folder, capsys):
@@ -263,7 +268,7 @@ def test_training_stops_after_as_many_increases_as_patience_says(folder, capsys)
     assert train(patient).step == state.step + 2
 
 
-# ---- gradients that are not finite ----------------------------------------------------------------------------
+# ---- gradients that are not finite -------------------------------------------------------------------------
 
 
 def break_gradients(monkeypatch, *broken: int) -> None:
@@ -289,7 +294,9 @@ def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(folder, monkeypatch, capsys):
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    folder, monkeypatch, capsys
+):
     break_gradients(monkeypatch, 2, 3)
     cfg = tiny.config(folder, "hiccup", max_steps=6, save_every=1, keep_last=10)
     train(cfg)
@@ -340,10 +347,10 @@ def test_a_learning_rate_of_madness_ends_with_finite_weights(folder):
     assert all(t.isfinite().all() for t in weights.values())
 
 
-# ---- checkpoints that are not what they should be ---------------------------------------------------------------
+# ---- checkpoints that are not what they should be ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", checkpoint_files := ["model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_named(run, folder, name, how):
     damaged = run.with_name(f"damaged_{how}_{name}")
@@ -359,7 +366,9 @@ def test_checkpoints_are_found_by_name(run):
     assert load_run(run).folder.name == "step-000004"
     assert load_run(run, "last").folder.name == "step-000018"
     assert load_run(run, "step-15").folder.name == "step-000015"
-    with pytest.raises(UserError, match="no checkpoint step-7; it has: step-000004, step-000015, step-000018"):
+    with pytest.raises(
+        UserError, match="no checkpoint step-7; it has: step-000004, step-000015, step-000018"
+    ):
         load_run(run, "step-7")
     with pytest.raises(UserError, match="newest is not best, last or step-N"):
         load_run(run, "newest")
@@ -372,6 +381,7 @@ def test_a_checkpoint_holds_no_code(run):
         name for name in load_run(run).model.state_dict() if name != "lm_head.weight"
     }
     torch.load(run / "last" / "optimizer.pt", weights_only=True)
-    assert dataclasses.asdict(TrainState()).keys() == json.loads((run / "last" / "state.json").read_text())[
-        "train_state"
-    ].keys()
+    assert (
+        dataclasses.asdict(TrainState()).keys()
+        == json.loads((run / "last" / "state.json").read_text())["train_state"].keys()
+    )

@@ -102,12 +102,13 @@ def no_pictures() -> None:
     maps.draw = lambda *args, **kwargs: None
 
 
-# ---- other processes ----------------------------------------------------------------------------------------
+# ---- other processes ---------------------------------------------------------------------------------------
 
 
 def run_in_child(target: Callable, *args: Any, world: int = 1, output: Path) -> list[int]:
-    """Call target(*args) in `world` processes joined as torchrun would; return their exit codes (-9: SIGKILL)."""
-    context = multiprocessing.get_context("forkserver")  # imports once what takes long; the processes are its forks
+    """Call target(*args) in `world` processes joined as torchrun would; return exit codes (-9: SIGKILL)."""
+    # A fork server imports once what takes long; the processes are its forks.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "train", "pytest", "tiny"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
