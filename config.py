@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
@@ -24,8 +26,11 @@ import topo
 Config = TypeVar("Config")
 
 
-class UserError(ValueError):
-    """A mistake of the user: one line naming the key or file, the value and the remedy; exit code 2."""
+class UserError(Exception):
+    """A mistake of the user: one line naming the key or file, the value and the remedy; exit code 2.
+
+    No ValueError, as tyro would take those for its own.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,8 @@ class TopoConfig:
                 f"topo.weight_warmup_steps = {self.weight_warmup_steps} has no effect with "
                 f"topo.weight_schedule = {self.weight_schedule}; use --topo.weight_schedule linear"
             )
+        if self.weight_schedule == "linear" and not self.weight_warmup_steps:
+            raise UserError("topo.weight_schedule = linear has no effect without --topo.weight_warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +110,22 @@ class OptimConfig:
         check_at_least("optim.lr", self.lr, 0)
         check_at_least("optim.min_lr", self.min_lr, 0)
         check_at_least("optim.warmup_steps", self.warmup_steps, 0)
+        if self.decay_steps is not None:
+            check_at_least("optim.decay_steps", self.decay_steps, 1)
+            if self.decay_steps < self.warmup_steps:
+                raise UserError(
+                    f"optim.decay_steps = {self.decay_steps} is below optim.warmup_steps = "
+                    f"{self.warmup_steps}; the cosine lies between them"
+                )
         check_at_least("optim.weight_decay", self.weight_decay, 0)
         check_at_least("optim.grad_clip", self.grad_clip, 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
         if self.min_lr > self.lr:
-            raise UserError(f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; give a smaller one")
+            raise UserError(
+                f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; give a smaller --optim.min_lr"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,18 +186,26 @@ class TrainConfig:
         for name in ("val_tokens", "keep_last", "max_skipped"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("patience", self.patience, 0)
+        self.check_sheet()
+
+    def check_sheet(self) -> None:
         side, (h, w) = 2 * self.topo.radius - 1, topo.grid_shape(self.model.n_embd)
+        if min(h, w) < 3:
+            square = max(3, round(self.model.n_embd**0.5)) ** 2
+            raise UserError(
+                f"model.n_embd = {self.model.n_embd} makes a sheet of {h}x{w} units, too narrow for a "
+                f"neighbourhood; choose a width that is more nearly a square, such as --model.n_embd {square}"
+            )
         if side > min(h, w):
             raise UserError(
                 f"topo.radius = {self.topo.radius} is too large for the sheet: {side}x{side} units do not "
-                f"fit the {h}x{w} units of model.n_embd = {self.model.n_embd}; the largest radius is "
-                f"{(min(h, w) + 1) // 2}"
+                f"fit the {h}x{w} of model.n_embd = {self.model.n_embd}; try --topo.radius {(min(h, w) + 1) // 2}"
             )
 
 
 def check_at_least(key: str, value: float, minimum: float) -> None:
-    if not value >= minimum:  # written so that NaN fails
-        raise UserError(f"{key} = {value} is too small; it must be at least {minimum}")
+    if not (math.isfinite(value) and value >= minimum):
+        raise UserError(f"{key} = {value} must be a finite number of at least {minimum}")
 
 
 # ---- YAML and command line -> dataclass ----------------------------------------------------------
@@ -194,23 +218,72 @@ def parse(cls: type[Config], argv: list[str], *, prog: str | None = None) -> Con
     where `--help` is among the arguments.
     """
     known = dict(flag_names(cls))
-    takes_file = not any(get_origin(f.type) is Annotated for f in known.values())
-    from_file: list[str] = []
-    if takes_file and argv and not argv[0].startswith("-"):
-        from_file, argv = yaml_arguments(Path(argv[0]), known), argv[1:]
+    positional = any(get_origin(f.type) is Annotated for f in known.values())
+    groups: list[Given] = []
+    if not positional and argv and not argv[0].startswith("-"):
+        groups, argv = yaml_arguments(Path(argv[0]), known), argv[1:]
     for arg in argv:
-        if arg.startswith("--"):
+        if is_flag(arg):
             check_known(arg.partition("=")[0].removeprefix("--"), known, where="command line")
-        elif takes_file and arg.endswith((".yaml", ".yml")) and Path(arg).is_file():
+            groups.append(Given("command line", [arg]))
+        elif not positional and arg.endswith((".yaml", ".yml")) and Path(arg).is_file():
             raise UserError(f"command line: the config file {arg} must come first, before the flags")
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=from_file + argv, prog=prog, use_underscores=True)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        raise UserError(f"command line: {first_sentence(said.getvalue())}") from None
+        elif groups and groups[-1].where == "command line":
+            groups[-1].arguments.append(arg)
+        else:
+            groups.append(Given("command line", [arg]))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            arguments = [a for group in groups for a in group.arguments]
+            return tyro.cli(cls, args=arguments, prog=prog, use_underscores=True)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # --help
+            explain(cls, groups, known, ["-"] if positional else [])
+            raise UserError(f"command line: {first_sentence(said.getvalue())}") from None
+
+
+class Given(NamedTuple):
+    """A flag with its values, and where it was given."""
+
+    where: str
+    arguments: list[str]
+
+
+def is_flag(arg: str) -> bool:
+    return arg.startswith("-") and arg != "-" and re.match(r"-(\.?\d|inf|nan)", arg) is None
+
+
+def explain(cls: type, groups: list[Given], known: dict[str, dataclasses.Field], before: list[str]) -> None:
+    """Raise a UserError for the first flag that tyro does not take on its own."""
+    for where, arguments in groups:
+        if not is_flag(arguments[0]):
+            continue
+        try:
+            tyro.cli(cls, args=before + arguments, use_underscores=True, console_outputs=False)
+        except UserError:
+            pass  # its value is understood; what it clashes with is another matter
+        except SystemExit:
+            flag, _, value = arguments[0].partition("=")
+            values = ([value] if value else []) + arguments[1:]
+            name = flag.removeprefix("--").replace("-", "_")
+            if name not in known or known[name].type is bool:
+                name = name.replace("no_", "")
+                raise UserError(
+                    f"{where}: {flag} takes no value, but got {' '.join(values)}; use --{name} or --no_{name}"
+                ) from None
+            wanted = describe_type(known[name].type)
+            given = " ".join(values) or "nothing"
+            raise UserError(f"{where}: {flag} must be {wanted}, not {given}") from None
+
+
+def describe_type(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if type(None) in get_args(kind):
+        return f"{describe_type(get_args(kind)[0])} or None"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(kind, "one path or more")
 
 
 def flag_names(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
@@ -229,13 +302,13 @@ def check_known(key: str, known: dict[str, dataclasses.Field], *, where: str) ->
     head, _, tail = name.rpartition(".")
     if tail.startswith("no_") and known.get(f"{head}.{tail[3:]}" if head else tail[3:], None) is not None:
         return
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, known, n=1)
     nearest = nearest or [k for k in known if k.rpartition(".")[2] == tail]
     hint = f"did you mean {nearest[0]}?" if nearest else "see --help for all keys"
     raise UserError(f"{where}: unknown key {key}; {hint}")
 
 
-def yaml_arguments(path: Path, known: dict[str, dataclasses.Field]) -> list[str]:
+def yaml_arguments(path: Path, known: dict[str, dataclasses.Field]) -> list[Given]:
     """Flatten a YAML file into command-line arguments; nested mappings become dotted flags."""
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"command line: {path} is not a .yaml file, and no flag stands before it")
@@ -252,33 +325,46 @@ def yaml_arguments(path: Path, known: dict[str, dataclasses.Field]) -> list[str]
         return []
     if not isinstance(settings, dict):
         raise UserError(f"config file {path} must hold `key: value` lines, not a {type(settings).__name__}")
-    return list(flatten(settings, path, known))
+    where = f"config file {path}"
+    return [Given(where, arguments) for arguments in flatten(settings, where, known)]
 
 
 def flatten(
-    settings: dict, path: Path, known: dict[str, dataclasses.Field], prefix: str = ""
-) -> Iterator[str]:
+    settings: dict, where: str, known: dict[str, dataclasses.Field], prefix: str = ""
+) -> Iterator[list[str]]:
+    """The arguments that stand for each setting."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from flatten(value, path, known, f"{name}.")
+        is_section = any(k.startswith(f"{name}.") for k in known)
+        if isinstance(value, dict) and (is_section or name not in known):
+            yield from flatten(value, where, known, f"{name}.")
             continue
-        check_known(name, known, where=f"config file {path}")
-        if isinstance(value, bool):
-            if known[name].type is not bool:
-                raise UserError(f"config file {path}: {name} = {value} must be {kind(known[name])}")
-            head, _, tail = name.rpartition(".")
-            yield f"--{name}" if value else f"--{head + '.' if head else ''}no_{tail}"
-        elif known[name].type is bool:
-            raise UserError(f"config file {path}: {name} = {value} must be true or false")
-        elif isinstance(value, list):
-            yield from (f"--{name}", *map(str, value))
+        if is_section:
+            if value is not None:  # a section whose keys are all commented out
+                raise UserError(
+                    f"{where}: {name} = {value} must be a section of keys, such as {name}.{{...}}"
+                )
+            continue
+        check_known(name, known, where=where)
+        kind = known[name].type
+        optional = type(None) in get_args(kind)
+        if kind is bool and isinstance(value, bool):
+            head, dot, tail = name.rpartition(".")
+            yield [f"--{name}" if value else f"--{head}{dot}no_{tail}"]
+        elif get_origin(kind) is tuple and isinstance(value, list):
+            yield [f"--{name}", *map(str, value)]
+        elif kind is bool or isinstance(value, bool | list | dict) or (value is None and not optional):
+            shown = "nothing" if value is None else repr(value)
+            quote = (
+                "; put it in quotes"
+                if isinstance(value, bool)
+                else "; without quotes"
+                if kind is bool
+                else ""
+            )
+            raise UserError(f"{where}: {name} must be {describe_type(kind)}, not {shown}{quote}")
         else:
-            yield from (f"--{name}", str(value))
-
-
-def kind(f: dataclasses.Field) -> str:
-    return getattr(f.type, "__name__", None) or str(f.type)
+            yield [f"--{name}={value}"]
 
 
 def first_sentence(box: str) -> str:

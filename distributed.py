@@ -104,6 +104,8 @@ def start(device: str = "auto") -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield Ranks(rank, world, torch.device(device))
+        if world > 1:
+            dist.barrier()  # no rank leaves while another still talks to it
     finally:
         if world > 1:
             dist.destroy_process_group()

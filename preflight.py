@@ -64,6 +64,11 @@ def check_run_folder(cfg: TrainConfig) -> None:
         raise UserError(
             f"resume: there is no run {run} (runs there: {there}); leave out --resume to start it"
         )
+    if cfg.overwrite and run.exists() and not (run / "config.yaml").is_file():
+        raise UserError(
+            f"overwrite: {run} is not the folder of a run (it has no config.yaml), so it is not deleted; "
+            "choose another --run_name"
+        )
     if not cfg.resume and not cfg.overwrite and run.exists():
         raise UserError(
             f"run_name = {cfg.run_name}: {run} exists; continue it with --resume, delete it with "

@@ -97,10 +97,12 @@ def log_step(
     if skipped:
         log.say(f"step {step:,}: the gradient is not finite; {int(skipped)} steps in a row are skipped")
     if skipped >= cfg.max_skipped:
-        raise UserError(
+        message = (
             f"max_skipped = {cfg.max_skipped} steps in a row had a non-finite gradient; the checkpoints in "
             f"{cfg.out_dir}/{cfg.run_name} are kept: lower --optim.lr, or --resume from the last one"
         )
+        log.write(message)
+        raise UserError(message)
 
 
 def say_goodbye(run: Path, state: TrainState, log: RunLog, *, early: bool, told: bool) -> None:

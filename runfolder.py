@@ -8,6 +8,7 @@ Nothing here imports torch, so that preflight.py can look into a run at once.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ class TrainState:
 
     def update(self, cross_entropy: float) -> bool:
         """Take in an evaluation; return whether it is the best so far. NaN is an increase, never best."""
-        rose = self.last_cross_entropy is not None and not cross_entropy <= self.last_cross_entropy
+        last = self.last_cross_entropy
+        rose = last is not None and not cross_entropy <= (math.inf if math.isnan(last) else last)
         self.increases = self.increases + 1 if rose else 0
         self.last_cross_entropy, self.evaluated_at = cross_entropy, self.step
-        best = cross_entropy == cross_entropy and (
+        best = not math.isnan(cross_entropy) and (
             self.best_cross_entropy is None or cross_entropy < self.best_cross_entropy
         )
         if best:
@@ -91,6 +93,15 @@ def point(link: Path, target: Path) -> None:
     part.unlink(missing_ok=True)
     part.symlink_to(os.path.relpath(target, link.parent))
     part.replace(link)
+
+
+def restore_links(run: Path, state: TrainState) -> None:
+    """Set `last` and `best` as they were when the newest checkpoint was written, should a kill have come
+    first.
+    """
+    point(run / "last", step_folder(run, state.step))
+    if state.best_step is not None and step_folder(run, state.best_step).is_dir():
+        point(run / "best", step_folder(run, state.best_step))
 
 
 def fsync(path: Path) -> None:

@@ -25,7 +25,9 @@ class RunLog:
     """Writes on the main rank; on the others every call does nothing."""
 
     def __init__(self, run: Path, is_main: bool, step: int, max_steps: int) -> None:
-        """Open the log of a run at `step`; records that a killed run wrote beyond it are dropped."""
+        """Open the log of a run at `step` (-1: before the first); what a killed run wrote beyond it is
+        dropped.
+        """
         self.is_main, self.run = is_main, run
         self.wandb: Any = None
         self.said: set[str] = set()
@@ -40,7 +42,7 @@ class RunLog:
         self.metrics = metrics.open("a", encoding="utf-8")
         self.text = (run / "log.txt").open("a", encoding="utf-8")
         self.bar = tqdm(
-            total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False
+            total=max_steps, initial=max(step, 0), unit="step", disable=not sys.stderr.isatty(), leave=False
         )
 
     def say(self, line: str) -> None:

@@ -19,7 +19,9 @@ if __name__ == "__main__":  # answer --help and mistakes at once: importing torc
 
 import contextlib
 import dataclasses
+import inspect
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,15 +78,20 @@ class Objective(nn.Module):
 def train(cfg: TrainConfig) -> TrainState:
     """Run the training that cfg describes, from the start or from a checkpoint; return where it ended."""
     corpora = preflight.check(cfg)
-    with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(distributed.start(cfg.device))
-        stack.enter_context(explain_out_of_memory(cfg))
-        signals = stack.enter_context(StopSignals())
-        model, objective, optimizer, state = build(cfg, ranks, corpora.resume_from)
-        compiled, parallel = wrap(cfg, ranks, objective)
-        run = open_run_folder(cfg, ranks, corpora)
-        log = stack.enter_context(RunLog(run, ranks.is_main, state.step, cfg.max_steps))
-        loader = stack.enter_context(token_loader(cfg, ranks, corpora))
+    with distributed.start(cfg.device) as ranks, explain_out_of_memory(cfg), StopSignals() as signals:
+        return run_loop(
+            cfg, ranks, corpora, signals
+        )  # a call, so that DDP goes before the process group does
+
+
+def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals: StopSignals) -> TrainState:
+    model, objective, optimizer, state = build(cfg, ranks, corpora.resume_from)
+    compiled, parallel = wrap(cfg, ranks, objective)
+    run = open_run_folder(cfg, ranks, corpora, state)
+    with (
+        RunLog(run, ranks.is_main, state.step if corpora.resume_from else -1, cfg.max_steps) as log,
+        token_loader(cfg, ranks, corpora) as loader,
+    ):
         if cfg.wandb:
             state.wandb_id = log.start_wandb(cfg, state.wandb_id)
         introduce(cfg, ranks, corpora, model, describe(objective, compiled), run, state, log)
@@ -95,6 +102,7 @@ def train(cfg: TrainConfig) -> TrainState:
         with_spatial = cfg.topo.loss != "none"
         no_sync = parallel.no_sync if ranks.world > 1 else contextlib.nullcontext
         clock = Clock(cfg, model, ranks, state.step)
+        stopped_early = told_to_stop = False
         for step in range(state.step, cfg.max_steps + 1):
             state.step, finished = step, step == cfg.max_steps
 
@@ -157,6 +165,7 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None) -> Built:
     """Model, objective and optimiser on this rank's device, fresh or as a checkpoint left them."""
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(rng.seed(cfg.seed, "initialisation"))
     model, state = GPT(cfg.model), TrainState()
@@ -181,7 +190,9 @@ def wrap(cfg: TrainConfig, ranks: Ranks, objective: Objective) -> tuple[nn.Modul
     compiled = torch.compile(objective, dynamic=False) if on else objective
     if ranks.world == 1:
         return compiled, compiled
-    return compiled, DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
+    accepted = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.13
+    name = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
+    return compiled, DistributedDataParallel(compiled, gradient_as_bucket_view=True, **{name: False})
 
 
 def describe(objective: Objective, compiled: nn.Module) -> str:
@@ -190,13 +201,15 @@ def describe(objective: Objective, compiled: nn.Module) -> str:
     return f"{dtype}, {'compiled' if compiled is not objective else 'not compiled'}, {attention}"
 
 
-def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked) -> Path:
+def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, state: TrainState) -> Path:
     """Make out/RUN with config.yaml and provenance.json; a resumed run adds its start to the latter."""
     run = Path(cfg.out_dir) / cfg.run_name
     if ranks.is_main:
         if cfg.overwrite and run.exists():
             shutil.rmtree(run)
         (run / "maps").mkdir(parents=True, exist_ok=True)
+        if corpora.resume_from:
+            runfolder.restore_links(run, state)
         runfolder.write_text(
             run / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False))
         )
