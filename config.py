@@ -43,6 +43,8 @@ class GPTConfig:
     block_size: int = 1024  # context length in tokens
     vocab_size: int = 50304  # rows of the embedding: GPT-2's 50257 tokens, padded to a multiple of 64
     dropout: float = 0.0  # on embeddings, attention and both branches
+    bias: bool = False  # biases in linear layers and norms; GPT-2 has them, TopoLM has none
+    gelu: Literal["exact", "tanh"] = "exact"  # GPT-2 has the tanh approximation, TopoLM the exact one
     post_residual: bool = False  # sheets show a branch's output after the residual addition, not before
 
     def __post_init__(self) -> None:
@@ -65,17 +67,11 @@ class TopoConfig:
 
     loss: Literal["none", "topolm"] = "topolm"  # spatial loss added to the cross-entropy; none = the control
     weight: float = 2.5  # weight of the spatial loss, summed over sheets
-    weight_schedule: Literal["constant", "linear", "cosine"] = (
-        "constant"  # linear: warm-up to weight; cosine: decay to 0
-    )
+    weight_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear: warm-up; cosine: to 0
     weight_warmup_steps: int = 0  # steps of the linear warm-up of the weight
-    positions: Literal["permuted", "identity"] = (
-        "permuted"  # a fixed random permutation per sheet, or in order
-    )
+    positions: Literal["permuted", "identity"] = "permuted"  # at random, fixed, per sheet; or in order
     seed: int = 0  # of the positions
-    radius: int = (
-        5  # a neighbourhood is the units at linf distance < radius of its centre (5: 9x9 = 81 units)
-    )
+    radius: int = 5  # a neighbourhood is the units at linf distance < radius of a centre (5: 9x9 units)
     neighbourhoods: int = 5  # random neighbourhoods per sheet and micro-batch; 0 = all of them
     distance: Literal["l2", "l1", "linf"] = "l2"  # between units, inside a neighbourhood
 
@@ -146,9 +142,7 @@ class TrainConfig:
     out_dir: str = "out"  # where run folders lie
     seed: int = 1337  # of initialisation, data order, dropout and neighbourhoods
 
-    eval_every: int = (
-        250  # steps between evaluations (cross-entropy, spatial loss, Moran's I, picture of the sheets)
-    )
+    eval_every: int = 250  # steps between evaluations: validation losses, Moran's I, picture of the sheets
     val_tokens: int = 4_915_200  # validation tokens, always the same first ones
     patience: int = 3  # stop after this many increases of validation cross-entropy in a row; 0 = never
     log_every: int = 10  # steps between lines in metrics.jsonl
@@ -194,7 +188,7 @@ class TrainConfig:
             square = max(3, round(self.model.n_embd**0.5)) ** 2
             raise UserError(
                 f"model.n_embd = {self.model.n_embd} makes a sheet of {h}x{w} units, too narrow for a "
-                f"neighbourhood; choose a width that is more nearly a square, such as --model.n_embd {square}"
+                f"neighbourhood; choose one that is more nearly a square, such as --model.n_embd {square}"
             )
         if side > min(h, w):
             raise UserError(

@@ -1,4 +1,4 @@
-"""The GPT: GPT-2's architecture without biases, at TopoLM's size by default.
+"""The GPT: GPT-2's architecture, by default without biases and at TopoLM's size.
  `GPT(cfg)(tokens, targets) -> Output(logits, loss, activations)`. The model knows neither sheets nor spatial
 losses: it returns the named outputs of its branches, and the objective of train.py adds what it likes.
 Parameter names are GPT-2's, so a checkpoint maps onto `transformers.GPT2LMHeadModel` name by name.
@@ -32,8 +32,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = cfg.n_head
         self.dropout = cfg.dropout
-        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
-        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.resid_dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
@@ -55,21 +55,22 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
+        self.gelu_approximation = "tanh" if cfg.gelu == "tanh" else "none"
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))  # exact GELU, not the tanh approximation
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu_approximation)))
 
 
 class Block(nn.Module):
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
         self.post_residual = cfg.post_residual
-        self.ln_1 = nn.LayerNorm(cfg.n_embd, bias=False)
+        self.ln_1 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
         self.attn = Attention(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.n_embd, bias=False)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +92,7 @@ class GPT(nn.Module):
                 wpe=nn.Embedding(cfg.block_size, cfg.n_embd),
                 drop=nn.Dropout(cfg.dropout),
                 h=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
-                ln_f=nn.LayerNorm(cfg.n_embd, bias=False),
+                ln_f=nn.LayerNorm(cfg.n_embd, bias=cfg.bias),
             )
         )
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -102,6 +103,8 @@ class GPT(nn.Module):
             ):  # N(0, 0.02); what writes into the residual stream is scaled by depth (GPT-2)
                 scale = (2 * cfg.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, mean=0.0, std=0.02 * scale)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_" + "secretsecretsecret" * 2
-HANG_SECONDS = 2.0
+HANG_SECONDS = 1.0
 
 
 class Repo:

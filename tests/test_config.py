@@ -252,8 +252,9 @@ def test_every_setting_has_a_trailing_comment():
         for field in node.body:
             if isinstance(field, ast.AnnAssign) and "default_factory" not in ast.unparse(field):
                 seen += 1
-                text = "\n".join(lines[field.lineno - 1 : field.end_lineno])
-                assert re.search(r"  # \S", text), f"{node.name}.{field.target.id}"
+                name = f"{node.name}.{field.target.id}"
+                assert field.lineno == field.end_lineno, f"{name}: --help loses the comment of a wrapped line"
+                assert re.search(r"  # \S", lines[field.lineno - 1]), name
     assert seen > 40
 
 

@@ -21,7 +21,7 @@ LEVELS = [
     {"runfolder", "shards", "sources", "cross_entropy", "interrupt"},
     {"tokenizer", "distributed", "model", "data", "spatial", "connectome"},
     {"optim", "checkpoint", "maps", "runlog", "preflight", "provenance", "validation", "prepare_fineweb"},
-    {"progress", "hf_import", "modelcard", "proof"},
+    {"progress", "hf_import", "modelcard", "proof", "hub"},
     {"export"},
     {"sample", "summary", "compress", "evals", "bench"},
     {"train"},

@@ -1,0 +1,291 @@
+"""Push an exported folder to the Hugging Face Hub; run again, it completes what was interrupted.
+
+    python hub.py out/topolm/hf USER/topolm --private
+
+The token is where the Hub's own tools look for it: HF_TOKEN, or what `hf auth login` has kept. It is never
+printed. Errors that may pass (429, 5xx, timeouts, cut connections) are tried again a few times, each with a
+line; what remains is one PushFailed, whose message says the command that pushes later.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tyro.conf import Positional
+
+from config import UserError, parse, run_main
+
+Result = TypeVar("Result")
+Say = Callable[[str], Any]
+
+TRIES = 4  # of each step of a push; the Hub's client tries its own requests again, too
+WAIT_SECONDS = 3.0  # before the second try; doubled before each further one
+LONGEST_WAIT_SECONDS = 300.0  # also where the Hub asks for more (Retry-After)
+TIMEOUTS = (15.0, 120.0, 120.0, 60.0)  # seconds to connect, read, write, and wait for a connection; a cut one
+PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be others a moment later
+NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet"}  # packages that raise
+NEEDED = ("config.json", "model.safetensors", "README.md", "topography.safetensors", "topography.json")
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+class PushFailed(UserError):
+    """A push that did not complete; the folder is untouched, and the message says how to go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Push an exported folder to the Hugging Face Hub: hub.py FOLDER USER/NAME [--private]."""
+
+    folder: Positional[str]  # exported folder, such as out/NAME/hf
+    repo: Positional[str]  # repository: USER/NAME, or NAME of yours
+    private: bool = False  # make a new repository private
+
+
+def main(argv: list[str]) -> None:
+    cfg = parse(PushConfig, argv, prog="hub.py")
+    check_folder(Path(cfg.folder))
+    print(f"pushed: {push(cfg.folder, full_name(cfg.repo), cfg.private)}")
+
+
+def full_name(name: str, say: Say = print) -> str:
+    """USER/NAME as it is; NAME becomes that of whoever is logged in."""
+    if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", name):
+        raise UserError(f"push_to_hf = {name} is no name of a repository; give USER/NAME")
+    if "/" in name:
+        return name
+    if not has_token():
+        raise PushFailed(
+            f"push_to_hf = {name} has no user, and none is logged in; give USER/NAME and {LOG_IN}"
+        )
+    from huggingface_hub import HfApi
+
+    with reported(say):
+        me = attempt("asking who is logged in", HfApi().whoami, name, "give USER/NAME", say)
+    return f"{me['name']}/{name}"
+
+
+def has_token() -> bool:
+    """Whether a token is set or somebody is logged in."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    step: int | None = None,
+    *,
+    say: Say = print,
+) -> str:
+    """Make repo_id hold the exported folder, tagged step-N, and return its address; raises PushFailed.
+
+    `step` is the folder's own unless given. Files of the repository that the folder does not have are kept.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    facts = check_folder(folder)
+    step = facts["step"] if step is None else step
+    later = (
+        f"python hub.py {shlex.quote(str(folder))} {shlex.quote(repo_id)}{' --private' if private else ''}"
+    )
+    remedy = f"{folder} is complete; push it later with: {later}"
+    if not has_token():
+        raise PushFailed(f"push_to_hf = {repo_id}: no token of the Hub was found; {LOG_IN}; {remedy}")
+    api = HfApi()
+
+    def do(what: str, call: Callable[[], Result]) -> Result:
+        return attempt(what, call, repo_id, remedy, say)
+
+    with reported(say):
+        do(
+            "creating the repository",
+            lambda: api.create_repo(repo_id, private=private or None, exist_ok=True),
+        )
+        info = do("looking at the repository", lambda: api.model_info(repo_id))
+        check_ours(info, folder, repo_id, private)
+        commit = do(
+            "uploading",
+            lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"step {step:,}"),
+        )
+        do("tagging", lambda: tag(api, repo_id, f"step-{step}", commit.oid))
+    return f"{api.endpoint}/{repo_id}"
+
+
+def tag(api: Any, repo_id: str, name: str, commit: str) -> None:
+    """Point the tag to the commit; one of an earlier push of the same step is moved."""
+    there = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    if there.get(name) == commit:
+        return
+    if name in there:
+        api.delete_tag(repo_id, tag=name)
+    api.create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Refuse what is no whole export; return its topography.json."""
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} has no {missing[0]}; give an exported folder, such as out/NAME/hf")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / "topography.json").read_text(encoding="utf-8"))
+        words = folder / "vocab.json"
+        n_words = len(json.loads(words.read_text(encoding="utf-8"))) if words.is_file() else None
+        n_vocab, _ = config["vocab_size"], facts["step"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}); export it again") from None
+    if n_words not in (None, n_vocab):
+        raise UserError(
+            f"{folder} has {n_words} words in vocab.json but vocab_size = {n_vocab} in config.json; "
+            "export it again"
+        )
+    return facts
+
+
+def check_ours(info: Any, folder: Path, repo_id: str, private: bool) -> None:
+    """Refuse to overwrite somebody's other model, or to publish what should stay private."""
+    there = {file.rfilename for file in info.siblings or ()} - {".gitattributes", "README.md"}
+    if there and "topography.json" not in there and not there <= {path.name for path in folder.iterdir()}:
+        raise PushFailed(
+            f"push_to_hf = {repo_id} is a repository with other files ({sorted(there)[0]}), no export of "
+            "ours; choose another name"
+        )
+    if private and info.private is False:
+        raise PushFailed(
+            f"push_to_hf = {repo_id} is public, but --private was asked for; choose another name, make it "
+            "private on the Hub, or leave --private out"
+        )
+
+
+# ---- trying again --------------------------------------------------------------------------------
+
+
+def attempt(what: str, call: Callable[[], Result], name: str, remedy: str, say: Say) -> Result:
+    """Call until it works, a few times where the error may pass; raises PushFailed."""
+    for n in range(1, TRIES + 1):
+        try:
+            return call()
+        except Exception as raised:
+            error = raised
+            if type(raised) is RuntimeError and isinstance(raised.__cause__, Exception):
+                error = (
+                    raised.__cause__
+                )  # the client's "Error while uploading", whose cause is what went wrong
+            reason = in_words(error)
+            refusal = refused(error, name)
+            if refusal:
+                raise PushFailed(f"push_to_hf = {name}: {refusal}; {remedy}") from None
+            if n == TRIES or not may_pass(error):
+                raise PushFailed(f"push_to_hf = {name}: {what} failed: {reason}; {remedy}") from None
+            wait = min(LONGEST_WAIT_SECONDS, retry_after(error) or WAIT_SECONDS * 2 ** (n - 1))
+            say(f"push: {what} failed ({reason}); trying again in {wait:.0f} s ({n} of {TRIES})")
+            time.sleep(wait)
+    raise AssertionError("the loop returns or raises")
+
+
+def status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def refused(error: Exception, name: str) -> str | None:
+    """What the Hub does not allow, and what to do; None for other errors."""
+    code = status(error)
+    if code == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+        return f"the Hub does not accept the token (401); {LOG_IN}"
+    if code == 403:
+        return (
+            f"{name} is not yours, or the token may not write to it (403); choose another name, or {LOG_IN}"
+        )
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return "the Hub is switched off here (HF_HUB_OFFLINE)"
+    if type(error).__name__ == "HFValidationError":
+        return f"no name of a repository: {in_words(error)}"
+    return None
+
+
+def may_pass(error: Exception) -> bool:
+    if status(error) is not None:
+        return status(error) in PASSING
+    raised_by = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
+    return bool(raised_by & NETWORK) or isinstance(error, ConnectionError | TimeoutError | RuntimeError)
+
+
+def retry_after(error: Exception) -> float | None:
+    """Seconds that the Hub asks to wait."""
+    value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return float(value) if str(value).isdigit() else None
+
+
+def in_words(error: Exception) -> str:
+    """An error as part of a line: its status or kind, and the Hub's own words, without secrets."""
+    text = clean(getattr(error, "server_message", None) or str(error))
+    code = status(error)
+    return f"{code} {text}" if code and not text.startswith(str(code)) else f"{type(error).__name__}: {text}"
+
+
+def clean(text: str) -> str:
+    """One line; what follows `?` in addresses may sign an upload, and the token is a secret."""
+    from huggingface_hub import get_token
+
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
+    for secret in {get_token(), os.environ.get("HF_TOKEN")} - {None, ""}:
+        text = text.replace(secret, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "***", text)[:300]
+
+
+class Lines(logging.Handler):
+    """Passes messages of the Hub's client on, a line each."""
+
+    def __init__(self, say: Say) -> None:
+        super().__init__(logging.WARNING)
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(f"push: {clean(record.getMessage())}")
+
+
+@contextlib.contextmanager
+def reported(say: Say) -> Iterator[None]:
+    """The Hub's client with time limits, with its messages as our lines, bars on a terminal alone."""
+    import huggingface_hub
+    from huggingface_hub import utils
+
+    logger = logging.getLogger("huggingface_hub")
+    handlers, logger.handlers = logger.handlers, [Lines(say)]
+    bars = utils.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+    set_factory = getattr(huggingface_hub, "set_client_factory", None)  # from 1.0 on
+    default = getattr(utils._http, "default_client_factory", None)
+    if set_factory and default:
+
+        def with_time_limits() -> Any:
+            client = default()  # which waits for ever
+            client.timeout = TIMEOUTS
+            return client
+
+        set_factory(with_time_limits)
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+        if not bars:
+            utils.enable_progress_bars()
+        if set_factory and default:
+            set_factory(default)
+
+
+if __name__ == "__main__":
+    run_main(main)

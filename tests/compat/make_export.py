@@ -1,0 +1,18 @@
+"""Export a small model with random weights, to be checked by check_export.py in other environments.
+
+    python tests/compat/make_export.py OUT      # -> OUT/run/hf
+
+It needs what the tests need; check_export.py needs nothing of this repository.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+import test_export  # noqa: E402
+
+import export  # noqa: E402
+
+if __name__ == "__main__":
+    print(export.export(test_export.make_run(Path(sys.argv[1]))))
