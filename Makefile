@@ -1,21 +1,25 @@
 # make demo: set up .venv, prepare text, train a small topographic GPT, show its maps and a sample (CPU or GPU, minutes)
 # make test: set up .venv, check the code's style, run every test
+# make test-compat: the exported model in transformers 4.51
 # make control: the demo's matched control, without the spatial loss
 
 VENV := .venv
 PY := $(VENV)/bin/python
+COMPAT := .venv-compat
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo control test clean
+.PHONY: demo control test test-compat clean
 
 demo: $(VENV)/.demo data/pydoc/manifest.json
 	$(PY) train.py configs/demo.yaml --run_name demo --overwrite
 	@echo
 	@$(PY) summary.py out/demo
-	@echo && echo "a sample:"
-	@$(PY) sample.py out/demo --prompt "The function returns" --max_new_tokens 60
+	@echo
+	@$(PY) export.py out/demo
+	@echo && echo "a sample from the exported folder:"
+	@$(PY) sample.py out/demo/hf --prompt "The function returns" --max_new_tokens 60
 
 control: $(VENV)/.demo data/pydoc/manifest.json
 	$(PY) train.py configs/demo.yaml --run_name demo-control --overwrite --topo.loss none
@@ -27,12 +31,25 @@ test: $(VENV)/.test
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest
 
+# The exported folder in the oldest transformers that must load it, in an environment of its own.
+test-compat: $(VENV)/.test $(COMPAT)/.done
+	rm -rf $(COMPAT)/run
+	$(PY) tests/compat/make_export.py $(COMPAT)
+	$(PY) tests/compat/check_export.py $(COMPAT)/run/hf --write
+	$(COMPAT)/bin/python tests/compat/check_export.py $(COMPAT)/run/hf
+
+$(COMPAT)/.done: | $(PY)
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip --disable-pip-version-check --quiet install \
+		torch==2.13.0 transformers==4.51.3 "numpy<3" "peft<1"
+	@touch $@
+
 data/pydoc/manifest.json:
 	$(PY) prepare_fineweb.py --source pydoc --out_dir data/pydoc --val_fraction 0.05
 
 $(VENV)/.demo: setup.py constraints.txt | $(PY)
 	@echo "installing into $(VENV): takes a few minutes the first time"
-	$(PIP) --editable ".[figures]"
+	$(PIP) --editable ".[figures]" transformers
 	@touch $@
 
 $(VENV)/.test: setup.py constraints.txt | $(PY)
@@ -45,4 +62,4 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(COMPAT) *.egg-info

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import GPTConfig, UserError
+from config import UserError
 from model import GPT
 from runfolder import TrainState, complete, fsync, point, read_state, step_folder
+from settings import GPTConfig
 
 POSITIONS = "positions."  # prefix of the positions among the tensors of model.safetensors
 

@@ -1,9 +1,9 @@
-"""Settings: every name, default and meaning, and how YAML and the command line become one frozen dataclass.
+"""YAML and command line -> frozen dataclass, and what happens to a user's mistake.
 
     cfg = parse(TrainConfig, sys.argv[1:])      # [file.yaml] [--flag value] [--topo.weight 2.5]
- The YAML file is flattened into arguments placed before the user's, so tyro types and checks both and the
-command line wins. This module imports neither torch nor anything else of ours, so that `--help` and mistakes
-answer at once.
+
+The YAML file is flattened into arguments placed before the user's, so tyro types and checks both and the
+command line wins. Neither this nor settings.py imports torch, so that `--help` and mistakes answer at once.
 """
 
 import contextlib
@@ -14,14 +14,11 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
-
-import topo
 
 Config = TypeVar("Config")
 
@@ -33,176 +30,9 @@ class UserError(Exception):
     """
 
 
-@dataclass(frozen=True, kw_only=True)
-class GPTConfig:
-    """Shape of the model; the defaults are TopoLM's."""
-
-    n_layer: int = 12  # transformer blocks
-    n_head: int = 16  # attention heads per block; must divide n_embd
-    n_embd: int = 784  # width: units per sheet (784 = 28x28)
-    block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # rows of the embedding: GPT-2's 50257 tokens, padded to a multiple of 64
-    dropout: float = 0.0  # on embeddings, attention and both branches
-    bias: bool = False  # biases in linear layers and norms; GPT-2 has them, TopoLM has none
-    gelu: Literal["exact", "tanh"] = "exact"  # GPT-2 has the tanh approximation, TopoLM the exact one
-    post_residual: bool = False  # sheets show a branch's output after the residual addition, not before
-
-    def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            check_at_least(f"model.{name}", getattr(self, name), 1)
-        if self.n_embd % self.n_head:
-            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - self.n_head))
-            raise UserError(
-                f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
-                f"try --model.n_head {nearest}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout = {self.dropout} must be at least 0 and below 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopoConfig:
-    """The sheets and the spatial loss on them."""
-
-    loss: Literal["none", "topolm"] = "topolm"  # spatial loss added to the cross-entropy; none = the control
-    weight: float = 2.5  # weight of the spatial loss, summed over sheets
-    weight_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear: warm-up; cosine: to 0
-    weight_warmup_steps: int = 0  # steps of the linear warm-up of the weight
-    positions: Literal["permuted", "identity"] = "permuted"  # at random, fixed, per sheet; or in order
-    seed: int = 0  # of the positions
-    radius: int = 5  # a neighbourhood is the units at linf distance < radius of a centre (5: 9x9 units)
-    neighbourhoods: int = 5  # random neighbourhoods per sheet and micro-batch; 0 = all of them
-    distance: Literal["l2", "l1", "linf"] = "l2"  # between units, inside a neighbourhood
-
-    def __post_init__(self) -> None:
-        check_at_least("topo.weight", self.weight, 0)
-        check_at_least("topo.weight_warmup_steps", self.weight_warmup_steps, 0)
-        check_at_least("topo.radius", self.radius, 2)
-        check_at_least("topo.neighbourhoods", self.neighbourhoods, 0)
-        if self.weight_warmup_steps and self.weight_schedule != "linear":
-            raise UserError(
-                f"topo.weight_warmup_steps = {self.weight_warmup_steps} has no effect with "
-                f"topo.weight_schedule = {self.weight_schedule}; use --topo.weight_schedule linear"
-            )
-        if self.weight_schedule == "linear" and not self.weight_warmup_steps:
-            raise UserError("topo.weight_schedule = linear has no effect without --topo.weight_warmup_steps")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its schedule; the defaults are TopoLM's."""
-
-    lr: float = 6e-4  # peak learning rate
-    min_lr: float = 6e-5  # learning rate from decay_steps on
-    warmup_steps: int = 2000  # linear warm-up
-    decay_steps: int | None = 600_000  # the cosine reaches min_lr here; None = at max_steps
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    weight_decay: float = 0.1  # on matrices and embeddings, not on norms
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
-
-    def __post_init__(self) -> None:
-        check_at_least("optim.lr", self.lr, 0)
-        check_at_least("optim.min_lr", self.min_lr, 0)
-        check_at_least("optim.warmup_steps", self.warmup_steps, 0)
-        if self.decay_steps is not None:
-            check_at_least("optim.decay_steps", self.decay_steps, 1)
-            if self.decay_steps < self.warmup_steps:
-                raise UserError(
-                    f"optim.decay_steps = {self.decay_steps} is below optim.warmup_steps = "
-                    f"{self.warmup_steps}; the cosine lies between them"
-                )
-        check_at_least("optim.weight_decay", self.weight_decay, 0)
-        check_at_least("optim.grad_clip", self.grad_clip, 0)
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
-        if self.min_lr > self.lr:
-            raise UserError(
-                f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; give a smaller --optim.min_lr"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train a GPT whose units lie on a sheet: train.py [config.yaml] --run_name NAME [--flag value ...]."""
-
-    run_name: str = ""  # name of the run; its folder is out_dir/run_name
-    train_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/train",)  # token shards: folder, glob or paths
-    val_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/val",)  # the same, for validation
-    per_device_batch_size: int = 48  # sequences per GPU and micro-step: lower it when memory runs out
-    batch_size: int = 960  # sequences per optimiser step, over all GPUs and micro-steps
-    max_steps: int = 600_000  # optimiser steps
-    wandb: bool = False  # copy the metrics to Weights & Biases (WANDB_MODE=offline works)
-    wandb_project: str = "topogpt"  # its project
-
-    resume: bool = False  # continue the run from its last checkpoint
-    overwrite: bool = False  # delete the run of this name, if there is one, and start afresh
-    out_dir: str = "out"  # where run folders lie
-    seed: int = 1337  # of initialisation, data order, dropout and neighbourhoods
-
-    eval_every: int = 250  # steps between evaluations: validation losses, Moran's I, picture of the sheets
-    val_tokens: int = 4_915_200  # validation tokens, always the same first ones
-    patience: int = 3  # stop after this many increases of validation cross-entropy in a row; 0 = never
-    log_every: int = 10  # steps between lines in metrics.jsonl
-    save_every: int = 500  # steps between checkpoints; besides, the best and the final one are saved
-    keep_last: int = 2  # newest checkpoints to keep, besides the best
-    max_skipped: int = 10  # stop after this many steps in a row skipped for a non-finite gradient
-
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix products; auto: bfloat16 on CUDA
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
-    deterministic: bool = False  # deterministic CUDA kernels, slower: resuming is then exact on CUDA too
-
-    model: GPTConfig = field(default_factory=GPTConfig)
-    topo: TopoConfig = field(default_factory=TopoConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-
-    def __post_init__(self) -> None:
-        if not self.run_name:
-            raise UserError("run_name is missing; add --run_name NAME")
-        if Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
-            raise UserError(
-                f"run_name = {self.run_name} must be a plain name; the folder above it is --out_dir"
-            )
-        if self.resume and self.overwrite:
-            raise UserError("resume and overwrite exclude each other; give one of them")
-        for name in (
-            "per_device_batch_size",
-            "batch_size",
-            "max_steps",
-            "eval_every",
-            "log_every",
-            "save_every",
-        ):
-            check_at_least(name, getattr(self, name), 1)
-        for name in ("val_tokens", "keep_last", "max_skipped"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("patience", self.patience, 0)
-        self.check_sheet()
-
-    def check_sheet(self) -> None:
-        side, (h, w) = 2 * self.topo.radius - 1, topo.grid_shape(self.model.n_embd)
-        if min(h, w) < 3:
-            square = max(3, round(self.model.n_embd**0.5)) ** 2
-            raise UserError(
-                f"model.n_embd = {self.model.n_embd} makes a sheet of {h}x{w} units, too narrow for a "
-                f"neighbourhood; choose one that is more nearly a square, such as --model.n_embd {square}"
-            )
-        if side > min(h, w):
-            raise UserError(
-                f"topo.radius = {self.topo.radius} is too large for the sheet: {side}x{side} units do not "
-                f"fit the {h}x{w} of model.n_embd = {self.model.n_embd}; try --topo.radius {(min(h, w) + 1) // 2}"
-            )
-
-
 def check_at_least(key: str, value: float, minimum: float) -> None:
     if not (math.isfinite(value) and value >= minimum):
         raise UserError(f"{key} = {value} must be a finite number of at least {minimum}")
-
-
-# ---- YAML and command line -> dataclass ----------------------------------------------------------
 
 
 def parse(cls: type[Config], argv: list[str], *, prog: str | None = None) -> Config:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 import hub
-from config import GPTConfig, UserError, parse, run_main
+from config import UserError, parse, run_main
+from settings import GPTConfig
 
 if TYPE_CHECKING:
     from checkpoint import LoadedRun
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 # Fields of GPTConfig that a GPT2LMHeadModel can express, or that do not change what the model computes.
-EXPRESSIBLE = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "post_residual"}
+EXPRESSIBLE = set("n_layer n_head n_embd block_size vocab_size dropout bias gelu post_residual".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,8 @@ def n_vocab_of(cfg: GPTConfig) -> int:
 def write_weights(folder: Path, model: "GPT", dtype: str) -> None:
     """model.safetensors in GPT2LMHeadModel's names and shapes; rounds `model` to the same values.
 
-    Conv1D stores (in, out), so linear weights are transposed; biases are zeros; the tied head is left out.
+    Conv1D stores (in, out), so linear weights are transposed; missing biases are zeros; the tied head is
+    left out.
     """
     import torch
     from safetensors.torch import save_file
@@ -193,7 +195,9 @@ def write_weights(folder: Path, model: "GPT", dtype: str) -> None:
         parameter.data = rounded.float()
         transposed = name.endswith(hf_import.TRANSPOSED)
         tensors[name] = rounded.T.contiguous() if transposed else rounded.contiguous()
-        if name.endswith((*hf_import.TRANSPOSED, "ln_1.weight", "ln_2.weight", "ln_f.weight")):
+        if not model.cfg.bias and name.endswith(
+            (*hf_import.TRANSPOSED, "ln_1.weight", "ln_2.weight", "ln_f.weight")
+        ):
             tensors[name.removesuffix("weight") + "bias"] = torch.zeros(len(parameter), dtype=stored)
     wte, n_vocab = tensors["transformer.wte.weight"], n_vocab_of(model.cfg)
     tensors["transformer.wte.weight"] = wte[:n_vocab].clone()
@@ -213,7 +217,7 @@ def config_json(loaded: "LoadedRun", dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu",
+        "activation_function": {"exact": "gelu", "tanh": "gelu_new"}[cfg.gelu],
         "n_layer": cfg.n_layer,
         "n_head": cfg.n_head,
         "n_embd": cfg.n_embd,

@@ -4,8 +4,9 @@
     model = load_model("out/topolm").model                         # a run, an exported folder or USER/NAME
     cfg, weights, positions = initial(cfg.model, "out/topolm/hf")  # to start a run of this shape from it
 
-Our GPT has no biases and an exact GELU, so a folder computes the same here only where its biases are zero and
-its activation is "gelu", as in what export.py writes; anything else is refused in one line.
+Biases and the tanh approximation of GELU, which stock GPT-2 has and TopoLM has not, become model.bias and
+model.gelu; biases that are all zero, as export.py writes them, are none.
+What our GPT cannot compute is refused.
 """
 
 import hashlib
@@ -22,8 +23,9 @@ from torch import Tensor
 
 import topo
 from checkpoint import load_run, load_weights
-from config import GPTConfig, UserError
+from config import UserError
 from model import GPT, sheet_names
+from settings import GPTConfig
 
 N_VOCAB = 50257  # GPT-2's tokens
 N_PADDED = GPTConfig().vocab_size  # rows of the embedding of ours: a multiple of 64
@@ -35,14 +37,13 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files sto
 # What a config.json must say, or leave out, for our model to compute the same.
 REQUIRED = {
     "model_type": "gpt2",
-    "activation_function": "gelu",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-DEFAULTS = {"activation_function": "gelu_new"}  # where GPT-2's default is not what we need
+GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # theirs -> model.gelu
 ASKED_FILES = ["*.json", "*.safetensors", "merges.txt"]
 
 
@@ -84,12 +85,12 @@ def initial(cfg: GPTConfig, path_or_name: str | Path) -> Imported:
     """
     loaded = load_model(path_or_name)
     there = loaded.model.cfg
-    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
+    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu", "block_size"):
         has, wanted = getattr(there, key), getattr(cfg, key)
         if has != wanted and not (key == "block_size" and has > wanted):
             raise UserError(
                 f"init_from = {path_or_name} has {key} {has}, but model.{key} = {wanted}; give "
-                f"--model.{key} {has}"
+                + (f"--model.{key} {has}" if key != "bias" else "--model.bias" if has else "--model.no_bias")
             )
     weights = {name: t.detach() for name, t in loaded.model.named_parameters()}
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.block_size].clone()
@@ -113,14 +114,9 @@ def load_gpt2_folder(path_or_repo: str | Path) -> Imported:
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if name.endswith(MASKS):
             continue
-        if name.endswith(".bias"):
-            if tensor.count_nonzero():
-                raise UserError(
-                    f"{folder}: {name} is not zero, and our GPT has no biases; only folders without biases, "
-                    "or with zeros, such as those of export.py, can be loaded"
-                )
-            continue
         weights[name] = tensor.float().T.contiguous() if name.endswith(TRANSPOSED) else tensor.float()
+    if not any(t.count_nonzero() for name, t in weights.items() if name.endswith(".bias")):
+        weights = {name: t for name, t in weights.items() if not name.endswith(".bias")}
     wte = weights.get("transformer.wte.weight")
     head = weights.pop("lm_head.weight", wte)
     if wte is not None and not torch.equal(head, wte):
@@ -151,18 +147,28 @@ def config_of(folder: Path, said: dict[str, Any], weights: dict[str, Tensor]) ->
             rows = read_file(folder / PADDING_FILE)["transformer.wte.weight"].float()
         weights["transformer.wte.weight"] = torch.cat([wte, rows])
         n_vocab += len(rows)
-    post_residual = bool(said.get("topography", {}).get("post_residual", False))
-    return GPTConfig(vocab_size=n_vocab, post_residual=post_residual, **shape)
+    return GPTConfig(
+        vocab_size=n_vocab,
+        bias=any(name.endswith(".bias") for name in weights),
+        gelu=GELUS[said.get("activation_function", "gelu_new")],
+        post_residual=bool(said.get("topography", {}).get("post_residual", False)),
+        **shape,
+    )
 
 
 def check_computes_the_same(folder: Path, said: dict[str, Any]) -> None:
     for key, wanted in REQUIRED.items():
-        value = said.get(key, DEFAULTS.get(key, wanted))
+        value = said.get(key, wanted)
         if value != wanted:
             raise UserError(
                 f"{folder}/config.json: {key} = {value}, but our GPT computes as with {wanted}; it cannot be "
                 "loaded"
             )
+    if said.get("activation_function", "gelu_new") not in GELUS:
+        raise UserError(
+            f"{folder}/config.json: activation_function = {said['activation_function']}, but our GPT "
+            f"has only {', '.join(GELUS)}; it cannot be loaded"
+        )
     if said.get("n_inner") not in (None, 4 * said.get("n_embd", 0)):
         raise UserError(f"{folder}/config.json: n_inner = {said['n_inner']}, but our MLP is 4 x n_embd wide")
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import GPTConfig
 from cross_entropy import linear_cross_entropy
+from settings import GPTConfig
 
 __all__ = ["GPT", "GPTConfig", "Output", "sheet_names"]
 

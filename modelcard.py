@@ -117,7 +117,8 @@ def what_it_is(cfg: dict[str, Any], n_parameters: int) -> str:
         f"{model['n_layer']} layers, {model['n_embd']} wide, {model['n_head']} heads, "
         f"{model['block_size']} tokens of context, {n_parameters / 1e6:.1f}M parameters as trained. The "
         f"attention and the MLP of each layer are a sheet of {h}x{w} units each, {2 * model['n_layer']} in "
-        "all. It is a plain `GPT2LMHeadModel` (exact GELU, biases zero) and needs no code of ours."
+        f"all. It is a plain `GPT2LMHeadModel` ({'exact GELU' if model['gelu'] == 'exact' else 'tanh GELU'}, "
+        f"{'with biases' if model['bias'] else 'biases zero'}) and needs no code of ours."
     )
     if sheets["loss"] == "none":
         return f"{text}\n\n**This is a control:** its units have positions, but no spatial loss was trained."

@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import TrainConfig, UserError
+from config import UserError
 from data import Corpus, open_corpus
 from runfolder import newest, read_state
+from settings import TrainConfig
 
 
 class Checked(NamedTuple):

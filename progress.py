@@ -5,11 +5,12 @@ from pathlib import Path
 
 import preflight
 import topo
-from config import TrainConfig, UserError
+from config import UserError
 from distributed import Ranks
 from model import GPT
 from runfolder import TrainState
 from runlog import RunLog, duration
+from settings import TrainConfig
 
 
 def introduce(

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import TrainConfig
 from runfolder import write_text
+from settings import TrainConfig
 
 
 def duration(seconds: float) -> str:

@@ -1,10 +1,9 @@
 """Write text with a trained model.
 
-python sample.py out/topolm --prompt "The cortex"
+python sample.py out/topolm --prompt "The cortex"          # or out/topolm/hf, or USER/topolm from the Hub
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
@@ -16,9 +15,11 @@ from config import UserError, check_at_least, parse, run_main
 class SampleConfig:
     """Write text with a trained model: sample.py RUN [--prompt TEXT]."""
 
-    run: Positional[str]  # folder of a run, such as out/NAME
+    run: Positional[
+        str
+    ]  # a run (out/NAME), an exported folder (out/NAME/hf) or a name on the Hub (USER/NAME)
     prompt: str = ""  # text to continue; empty: a new document
-    checkpoint: str = "best"  # best, last or step-N
+    checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
     n_samples: int = 1  # texts to write
     max_new_tokens: int = 200  # length of each; it ends earlier where the model ends the document
     temperature: float = 0.8  # below 1: likelier words; 0: always the likeliest
@@ -26,9 +27,7 @@ class SampleConfig:
     top_p: float | None = None  # draw among the likeliest tokens that together reach this probability
     seed: int = 0  # of the draws
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    vocab_dir: str | None = (
-        None  # folder with vocab.bpe and encoder.json; None: found or fetched (tokenizer.py)
-    )
+    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
 
     def __post_init__(self) -> None:
         for name in ("n_samples", "max_new_tokens"):
@@ -42,16 +41,14 @@ class SampleConfig:
 
 def main(argv: list[str]) -> None:
     cfg = parse(SampleConfig, argv, prog="sample.py")
-    if not Path(cfg.run).is_dir():
-        raise UserError(f"run {cfg.run} does not exist; give the folder of a run, such as out/NAME")
     import torch  # takes seconds: only once the command line is understood
 
     import tokenizer
-    from checkpoint import load_run
     from distributed import pick_device
+    from hf_import import load_model
 
     device = pick_device(cfg.device)
-    model = load_run(Path(cfg.run), cfg.checkpoint, device).model
+    model = load_model(cfg.run, cfg.checkpoint, device).model
     words = tokenizer.load(cfg.vocab_dir)
     start = words.encode_document(cfg.prompt).astype(
         "int64"

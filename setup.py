@@ -12,7 +12,7 @@ EXTRAS = {
     "figures": ["matplotlib>=3.8,<4"],  # pictures of the sheets
     "evals": ["scipy<2", "scikit-learn<2", "lm-eval<1", "xarray", "matplotlib>=3.8,<4"],
 }
-DEV = ["pytest<10", "hypothesis<7", "ruff<1", "transformers>=4.51,<6", "matplotlib>=3.8,<4"]
+DEV = ["pytest<10", "hypothesis<7", "ruff<1", *EXTRAS["hf"], *EXTRAS["figures"]]
 
 setup(
     name="topogpt",

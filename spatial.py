@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rng
 import topo
-from config import TopoConfig
+from settings import TopoConfig
 
 TINY = 1e-12  # variances below this count as zero: a unit without variance correlates with nothing
 

@@ -4,13 +4,14 @@
     torchrun --standalone --nproc_per_node=4 train.py configs/topolm.yaml --run_name topolm --wandb
     python train.py configs/topolm.yaml --run_name topolm --resume                   # continue, bit for bit
 
-All settings are in config.py and in --help; what lies in the folder of a run, out/RUN, is in runfolder.py.
+All settings are in settings.py and in --help; what lies in the folder of a run, out/RUN, is in runfolder.py.
 """
 
 import sys
 
 import preflight
-from config import TrainConfig, UserError, parse, to_yaml, user_errors
+from config import UserError, parse, to_yaml, user_errors
+from settings import TrainConfig
 
 if __name__ == "__main__":  # answer --help and mistakes at once: importing torch takes seconds
     with user_errors():
@@ -28,12 +29,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
+import export
+import hf_import
+import hub
 import provenance
 import rng
 import runfolder
@@ -41,38 +44,13 @@ from data import TokenLoader
 from distributed import Ranks
 from interrupt import StopSignals
 from model import GPT, sheet_names
+from objective import Objective
 from optim import build_optimizer, lr_at
 from progress import Clock, introduce, log_step, say_goodbye
 from runfolder import TrainState
 from runlog import RunLog
 from spatial import TopoLMLoss, sheet_positions, weight_at
 from validation import evaluate, report
-
-FLASH = [SDPBackend.FLASH_ATTENTION]
-ANY = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-class Objective(nn.Module):
-    """The model and the spatial loss on its sheets: what is compiled, and what DDP wraps."""
-
-    def __init__(self, model: GPT, spatial: TopoLMLoss, dtype: torch.dtype, flash: bool = False) -> None:
-        """dtype: of matrix products. flash: allow no other attention kernel, so that none is slow unseen."""
-        super().__init__()
-        self.model, self.spatial, self.dtype, self.flash = model, spatial, dtype, flash
-
-    def forward(self, tokens: Tensor, targets: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the mean cross-entropy and the spatial loss per sheet, (S,); zeros where chosen is None."""
-        autocast = torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with autocast, sdpa_kernel(FLASH if self.flash else ANY):
-            out = self.model(tokens, targets, activations=chosen is not None, keep_logits=False)
-        if chosen is None:
-            return out.loss, out.loss.new_zeros(len(self.spatial.sheets))
-        return out.loss, self.spatial(out.activations, chosen)
 
 
 def train(cfg: TrainConfig) -> TrainState:
@@ -124,6 +102,9 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
                     checkpoint.save(run, model, objective.spatial.positions, optimizer, state, record)
                     runfolder.prune(run, cfg.keep_last)
                 clock.restart(step)
+            if cfg.push_every and step and step % (cfg.push_every * cfg.eval_every) == 0 and not stop:
+                publish(run, cfg, log)
+                clock.restart(step)
             if stop:
                 break
 
@@ -151,6 +132,8 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
                 means = ranks.mean(torch.stack([*losses, grad_norm, skipped_in_a_row])).tolist()
                 log_step(cfg, step + 1, means, lr, weight, clock.read(step + 1), log)
         say_goodbye(run, state, log, early=stopped_early, told=told_to_stop)
+        if cfg.push_to_hf and not told_to_stop:
+            publish(run, cfg, log)
         return state
 
 
@@ -170,6 +153,10 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None) -> Built:
     torch.manual_seed(rng.seed(cfg.seed, "initialisation"))
     model, state = GPT(cfg.model), TrainState()
     positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    if cfg.init_from and not resume_from:
+        imported = hf_import.initial(cfg.model, cfg.init_from)
+        checkpoint.load_weights(model, imported.weights)
+        positions = imported.positions or positions
     if resume_from:
         weights, positions = checkpoint.load_tensors(resume_from)
         checkpoint.load_weights(model, weights)
@@ -238,6 +225,17 @@ def token_loader(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked) -> 
         world=ranks.world,
         device=ranks.device,
     )
+
+
+def publish(run: Path, cfg: TrainConfig, log: RunLog) -> None:
+    """Export the best checkpoint and push it to the Hub; a failure is said and harms nothing."""
+    if not log.is_main:
+        return
+    try:
+        folder = export.export(run, "best", say=log.say)
+        log.say(f"pushed: {hub.push(folder, hub.full_name(cfg.run_name, log.say), say=log.say)}")
+    except UserError as error:
+        log.say(f"not pushed: {error}; later: python export.py {run} --push_to_hf")
 
 
 @contextlib.contextmanager

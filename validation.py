@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import maps
-from config import TrainConfig
 from data import Corpus, fixed_batches
 from distributed import Ranks
 from model import GPT
 from runfolder import TrainState
 from runlog import RunLog
+from settings import TrainConfig
 from spatial import TopoLMLoss, weight_at
 
 N_MAPS = 64  # tokens of the first validation text whose maps are looked at

@@ -1,4 +1,4 @@
-"""The measurements run, tiny: their records are complete and their checks of correctness pass. No speed is tested.
+"""The measurements run, tiny: their records are complete and their checks pass. No speed is tested.
 
 pytest tests/test_bench.py
 """
@@ -18,8 +18,11 @@ import bench.loader
 import bench.spatial
 import bench.step
 from bench.common import Report, interleaved
+from bench.training import SETUPS, Setup, Trainer
 from bench.variants import CANDIDATES, CandidateLoss, LoopLoss, draw_activations, spatial_errors
-from config import TopoConfig, UserError
+from config import UserError
+from data import MicroBatch
+from settings import GPTConfig, TopoConfig, TrainConfig
 from spatial import TopoLMLoss, sheet_positions
 
 KEYS = {"name", "ours", "reference", "ratio", "unit", "device", "detail"}
@@ -45,14 +48,12 @@ def records(printed: str) -> dict[str, dict]:
 
 @pytest.fixture(autouse=True)
 def settings_of_dynamo():
-    with torch._dynamo.config.patch({}):
-        names = [
-            n for n in ("recompile_limit", "fail_on_recompile_limit_hit") if hasattr(torch._dynamo.config, n)
-        ]
-        before = {name: getattr(torch._dynamo.config, name) for name in names}
-        yield
-        for name, value in before.items():
-            setattr(torch._dynamo.config, name, value)
+    """Undo what measuring many variants in one process needs."""
+    names = ("recompile_limit", "fail_on_recompile_limit_hit")
+    before = {name: getattr(torch._dynamo.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        setattr(torch._dynamo.config, name, value)
 
 
 def test_spatial(capsys):
@@ -94,9 +95,6 @@ def test_step_measures_the_memory_of_a_process(capsys):
 
 def test_all_setups_of_the_step_have_the_same_losses():
     """Ours, its control and the usual loop start from the same weights and see the same data."""
-    from bench.training import SETUPS, Setup, Trainer
-    from config import GPTConfig, TrainConfig
-
     cfg = TrainConfig(
         run_name="x",
         model=GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64),
@@ -106,8 +104,6 @@ def test_all_setups_of_the_step_have_the_same_losses():
         device="cpu",
     )
     tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
-    from data import MicroBatch
-
     batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], 0)
     setups = SETUPS | {"padded heads": Setup(head_width=16)}
     losses = {name: Trainer(cfg, setup, torch.device("cpu")).losses(batch) for name, setup in setups.items()}
@@ -152,9 +148,10 @@ def test_gpu_sections_run_on_a_cpu(capsys, monkeypatch):
     found = records(printed.out)
     assert "WRONG" not in printed.err and "failed" not in printed.err and "left out" not in printed.err
     for name in (
-        "copy, bytes read and written", "step against control", "step against usual eager loop", "graph breaks",
-        "flash attention kernels", "kernels of a step", "spatial: product", "cross-entropy: product", "AdamW: fused",
-        "compile: reduce-overhead", "step: heads of 24", *(f"spatial: {name}" for name in CANDIDATES),
+        "copy, bytes read and written", "step against control", "step against usual eager loop",
+        "graph breaks", "flash attention kernels", "kernels of a step", "spatial: product", "AdamW: fused",
+        "cross-entropy: product", "compile: reduce-overhead", "step: heads of 24",
+        *(f"spatial: {name}" for name in CANDIDATES),
     ):  # fmt: skip
         assert name in found
     assert found["graph breaks"]["ours"] == 0
@@ -214,11 +211,11 @@ def test_help_and_mistakes_import_no_torch(name):
 @pytest.mark.parametrize(
     ("main", "argv", "message"),
     [
-        (bench.spatial.main, ["--tokens", "1"], "tokens = 1 is too small"),
-        (bench.step.main, ["--steps", "0"], "steps = 0 is too small"),
-        (bench.step.main, ["--batch_size", "5", "--per_device_batch_size", "2"], "batch_size = 5 is not a multiple"),
-        (bench.loader.main, ["--tokens_per_s", "0"], "tokens_per_s = 0.0 is too small"),
-        (bench.gpu.main, ["--repeats", "0"], "repeats = 0 is too small"),
+        (bench.spatial.main, ["--tokens", "1"], "tokens = 1 "),
+        (bench.step.main, ["--steps", "0"], "steps = 0 "),
+        (bench.step.main, ["--batch_size", "5", "--per_device_batch_size", "2"], "batch_size = 5 "),
+        (bench.loader.main, ["--tokens_per_s", "0"], "tokens_per_s = 0.0 "),
+        (bench.gpu.main, ["--repeats", "0"], "repeats = 0 "),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(main, argv, message):

@@ -27,10 +27,11 @@ import modelcard
 import proof
 import tokenizer
 import topo
-from config import GPTConfig, UserError
+from config import UserError
 from model import GPT, sheet_names
 from optim import build_optimizer
 from runfolder import TrainState
+from settings import GPTConfig
 from spatial import sheet_positions
 
 transformers = pytest.importorskip("transformers", reason="exported folders are proved with transformers")
@@ -114,6 +115,18 @@ def some_tokens(n_vocab: int = 50257, shape=(2, 48)) -> torch.Tensor:
 
 
 # ---- what stock transformers makes of it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [{"bias": True}, {"gelu": "tanh"}, {"bias": True, "gelu": "tanh"}])
+def test_every_flavour_passes_the_proof_and_comes_back_the_same(tmp_path, model):
+    run = make_run(tmp_path, **model)
+    lines = []
+    folder = export.export(run, say=lines.append)
+    assert "the logits of" in lines[0]
+    cfg, weights, _ = hf_import.load_gpt2_folder(folder)
+    assert cfg == checkpoint.load_run(run).model.cfg
+    ours = dict(checkpoint.load_run(run).model.named_parameters())
+    assert weights.keys() == ours.keys() and all(torch.equal(weights[n], ours[n]) for n in ours)
 
 
 def test_logits_and_sheets_are_ours(run, folder):
@@ -337,7 +350,7 @@ def test_a_run_starts_from_an_export(run, folder):
             hf_import.initial(cfg, folder)
 
 
-def stock_model(folder: Path, **settings) -> "transformers.GPT2LMHeadModel":
+def stock_model(folder: Path, bias: bool = False, **settings) -> "transformers.GPT2LMHeadModel":
     defaults = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "activation_function": "gelu"}
     torch.manual_seed(3)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(defaults | settings)))
@@ -345,13 +358,17 @@ def stock_model(folder: Path, **settings) -> "transformers.GPT2LMHeadModel":
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(12)
+            elif bias:
+                parameter.add_(0.2 * torch.randn_like(parameter))
     model.eval().save_pretrained(folder)
     return model
 
 
-def test_a_stock_gpt2_without_biases_loads_and_computes_the_same(tmp_path):
-    stock, tokens = stock_model(tmp_path), some_tokens(shape=(2, 32))
+@pytest.mark.parametrize("bias, gelu", [(False, "gelu"), (True, "gelu"), (True, "gelu_new")])
+def test_a_stock_gpt2_loads_and_computes_the_same(tmp_path, bias, gelu):
+    stock, tokens = stock_model(tmp_path, bias=bias, activation_function=gelu), some_tokens(shape=(2, 32))
     cfg, weights, positions = hf_import.load_gpt2_folder(tmp_path)
+    assert (cfg.bias, cfg.gelu) == (bias, "exact" if gelu == "gelu" else "tanh")
     assert (cfg.vocab_size, cfg.block_size, cfg.dropout, positions) == (FULL, 32, 0.1, None)
     ours = hf_import.load_model(tmp_path).model
     with torch.no_grad():
@@ -369,10 +386,7 @@ def test_a_stock_gpt2_without_biases_loads_and_computes_the_same(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (
-            {"activation_function": "gelu_new"},
-            "activation_function = gelu_new, but our GPT computes as with gelu",
-        ),
+        ({"activation_function": "relu"}, "activation_function = relu, but our GPT has only gelu, gelu_new"),
         ({"vocab_size": 50300}, r"another vocabulary \(50300 tokens\) than GPT-2's 50257"),
         ({"n_inner": 48}, "n_inner = 48, but our MLP is 4 x n_embd wide"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
@@ -407,8 +421,8 @@ def swap_words(folder: Path) -> None:
 
 
 SPOIL = {
-    "transformer.h.1.mlp.c_fc.bias is not zero, and our GPT has no biases": lambda f: edit_weights(
-        f, lambda t: t["transformer.h.1.mlp.c_fc.bias"].add_(1)
+    "transformer.h.1.mlp.c_fc.bias is missing": lambda f: edit_weights(
+        f, lambda t: [t["transformer.h.0.mlp.c_fc.bias"].add_(1), t.pop("transformer.h.1.mlp.c_fc.bias")]
     ),
     "transformer.wpe.weight is missing": lambda f: edit_weights(f, lambda t: t.pop("transformer.wpe.weight")),
     "lm_head.weight is not transformer.wte.weight": lambda f: edit_weights(

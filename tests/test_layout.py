@@ -16,20 +16,20 @@ import tiny
 # A file may import files of lower levels; of its own level, only what SAME_LEVEL says. Place new files here.
 LEVELS = [
     {"rng"},
-    {"topo"},
-    {"config"},
+    {"topo", "config"},
+    {"settings"},
     {"runfolder", "shards", "sources", "cross_entropy", "interrupt"},
     {"tokenizer", "distributed", "model", "data", "spatial", "connectome"},
     {"optim", "checkpoint", "maps", "runlog", "preflight", "provenance", "validation", "prepare_fineweb"},
     {"progress", "hf_import", "modelcard", "proof", "hub"},
-    {"export"},
+    {"export", "objective"},
     {"sample", "summary", "compress", "evals", "bench"},
     {"train"},
     {"generations"},
 ]
 SAME_LEVEL = {("validation", "maps"), ("validation", "runlog"), ("evals", "evals"), ("bench", "bench")}
 NOT_OURS = {"setup"}  # read by pip alone
-WITHOUT_TORCH = ["rng", "topo", "config", "runfolder", "shards", "data", "preflight"]
+WITHOUT_TORCH = "rng topo config settings hub modelcard export runfolder shards data preflight".split()
 
 LEVEL = {name: i for i, level in enumerate(LEVELS) for name in level}
 FILES = sorted(
@@ -88,8 +88,8 @@ def test_some_files_know_less_than_their_level_allows():
     allowed = {
         "rng": set(),
         "topo": {"rng"},
-        "config": {"topo"},
-        "model": {"config", "cross_entropy"},  # neither sheets nor losses on them
+        "config": set(),
+        "model": {"settings", "cross_entropy"},  # neither sheets nor losses on them
     }
     for name, names in allowed.items():
         ours = set(imported(parse(tiny.ROOT / f"{name}.py"))) & LEVEL.keys()

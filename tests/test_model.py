@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from config import GPTConfig
 from model import GPT, sample_from, sheet_names
+from settings import GPTConfig
 
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out) by transformers
@@ -180,6 +180,15 @@ def test_compiles_into_one_graph(model, tokens):
     out = torch.compile(lambda x: model(x, x, activations=True), fullgraph=True, backend="aot_eager")(tokens)
     torch.testing.assert_close(out.loss, model(tokens, tokens).loss)
     assert list(out.activations) == sheet_names(2)
+
+
+def test_biases_start_at_zero_and_gpt2_small_has_its_published_size():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_embd=768, n_head=12, vocab_size=50257, bias=True))
+    assert model.n_parameters() == 124_439_808
+    fresh = GPT(GPTConfig(**{**vars(SMALL), "bias": True}))
+    biases = [p for name, p in fresh.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == 2 * 6 + 1 and all(b.abs().sum() == 0 for b in biases)
 
 
 @pytest.mark.parametrize(

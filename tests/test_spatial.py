@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import topo
-from config import TopoConfig
+from settings import TopoConfig
 from spatial import TopoLMLoss, sheet_positions, weight_at
 
 SHEETS = ["layer.0.attn", "layer.0.mlp"]

@@ -21,8 +21,9 @@ import maps
 import topo
 import train as train_module
 from checkpoint import load_run
-from config import TrainConfig, UserError, parse
+from config import UserError, parse
 from runfolder import TrainState
+from settings import TrainConfig
 from train import train
 
 

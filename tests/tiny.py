@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from config import GPTConfig, OptimConfig, TopoConfig, TrainConfig, parse, user_errors
+from config import parse, user_errors
+from settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 64
