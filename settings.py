@@ -111,9 +111,7 @@ class TrainConfig:
     max_steps: int = 600_000  # optimiser steps
     init_from: str | None = None  # start from these weights: a run, an exported folder, GPT-2 on the Hub
     push_to_hf: bool = False  # at the end export the best checkpoint and push it to the Hub, as run_name
-    push_every: int = (
-        0  # with push_to_hf: push the best after this many evaluations, too; 0 = at the end only
-    )
+    push_every: int = 0  # with push_to_hf: push the best so far after every so many evaluations, too
     wandb: bool = False  # copy the metrics to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = "topogpt"  # its project
 
