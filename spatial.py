@@ -100,7 +100,7 @@ class NeighbourhoodLoss(torch.autograd.Function):
         k, u = units.shape
         if k * u <= x.shape[1]:
             columns = x.index_select(1, units.flatten()).to(target.dtype)  # (N, R), R = K * U
-            columns = columns - columns.mean(0)
+            columns -= columns.mean(0)
             each = columns.view(-1, k, u).transpose(0, 1)  # (K, N, U)
             loss, m = correlation_loss(torch.bmm(each.transpose(1, 2), each), target)
             if dense:
@@ -123,9 +123,10 @@ class NeighbourhoodLoss(torch.autograd.Function):
         if m.dim() == 2:
             return (columns @ m).to(ctx.dtype), None, None, None
         each = columns.view(-1, *units.shape).transpose(0, 1)
-        dx = torch.bmm(each, m).transpose(0, 1).reshape(columns.shape)  # (N, R)
-        out = torch.zeros(ctx.shape, dtype=dx.dtype, device=dx.device)
-        return out.index_add_(1, units.flatten(), dx).to(ctx.dtype), None, None, None
+        dx = torch.zeros(ctx.shape, dtype=m.dtype, device=m.device)
+        for one, d in zip(units, torch.bmm(each, m), strict=True):  # (U,), (N, U)
+            dx.index_add_(1, one, d)
+        return dx.to(ctx.dtype), None, None, None
 
 
 def correlation_loss(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
