@@ -18,16 +18,22 @@ LEVELS = [
     {"rng"},
     {"topo", "config"},
     {"settings"},
-    {"runfolder", "shards", "sources", "cross_entropy", "interrupt"},
-    {"tokenizer", "distributed", "model", "data", "spatial", "connectome"},
-    {"optim", "checkpoint", "maps", "runlog", "preflight", "provenance", "validation", "prepare_fineweb"},
+    {"runfolder", "shards", "cross_entropy", "interrupt"},
+    {"sources", "hub_sources", "tokenizer", "distributed", "model", "data", "spatial", "connectome"},
+    {"optim", "checkpoint", "parts", "maps", "runlog", "preflight", "provenance", "validation"},
     {"progress", "hf_import", "modelcard", "proof", "hub"},
-    {"export", "objective"},
+    {"export", "objective", "prepare_fineweb"},
     {"sample", "summary", "compress", "evals", "bench"},
     {"train"},
     {"generations"},
 ]
-SAME_LEVEL = {("validation", "maps"), ("validation", "runlog"), ("evals", "evals"), ("bench", "bench")}
+SAME_LEVEL = {
+    ("hub_sources", "sources"),
+    ("validation", "maps"),
+    ("validation", "runlog"),
+    ("evals", "evals"),
+    ("bench", "bench"),
+}
 NOT_OURS = {"setup"}  # read by pip alone
 WITHOUT_TORCH = "rng topo config settings hub modelcard export runfolder shards data preflight".split()
 
