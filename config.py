@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -225,9 +226,13 @@ def to_yaml(cfg: object) -> str:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2."""
+    """Turn a UserError into one line on stderr and exit code 2; a reader like `head` may leave early."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

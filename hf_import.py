@@ -236,10 +236,11 @@ def find_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=ASKED_FILES))
     except Exception as error:  # no network, no such repository or tag, no right to read it
-        reason = " ".join(str(error).split())[:200]
+        offline = type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
+        reason = "it cannot be reached" if offline else " ".join(str(error).split())[:200]
         raise UserError(
-            f"{name} is no folder here and could not be fetched from the Hub "
-            f"({type(error).__name__}: {reason}); give a run, an exported folder or USER/NAME"
+            f"{name} is no folder here and could not be fetched from the Hub ({reason}); give a run, an "
+            "exported folder or USER/NAME"
         ) from None
 
 

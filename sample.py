@@ -15,9 +15,7 @@ from config import UserError, check_at_least, parse, run_main
 class SampleConfig:
     """Write text with a trained model: sample.py RUN [--prompt TEXT]."""
 
-    run: Positional[
-        str
-    ]  # a run (out/NAME), an exported folder (out/NAME/hf) or a name on the Hub (USER/NAME)
+    run: Positional[str]  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
     prompt: str = ""  # text to continue; empty: a new document
     checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
     n_samples: int = 1  # texts to write

@@ -102,6 +102,12 @@ def test_some_files_know_less_than_their_level_allows():
         assert ours <= names, name
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(tiny.ROOT)))
+def test_no_setting_is_wrapped_for_help_loses_the_comment_of_one_that_is(path):
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"^    (\w+): [^=\n]*(?:= )?[(\[]$", text, re.M) == []
+
+
 def test_nothing_but_generations_imports_train():
     assert LEVEL["train"] > max(
         level for name, level in LEVEL.items() if name not in ("train", "generations")
