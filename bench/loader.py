@@ -40,9 +40,7 @@ class LoaderConfig:
     seed: int = 1337  # of the order
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     json: bool = False  # one JSON object a line on stdout
-    cold: bool = (
-        False  # measure once, with a cold cache, print milliseconds as JSON and stop (used by this script)
-    )
+    cold: bool = False  # print the milliseconds of a cold cache as JSON and stop (used by this script)
 
     def __post_init__(self) -> None:
         for name in ("random_tokens", "block_size", "batch_size", "per_device_batch_size", "steps"):
