@@ -233,7 +233,9 @@ def parameters(cfg: GPTConfig) -> tuple[int, int]:
 
 def test_every_setting_is_read_somewhere():
     read_names = set()
-    for path in [p for p in tiny.ROOT.glob("**/*.py") if "tests" not in p.parts and p.name != "config.py"]:
+    for path in [*tiny.ROOT.glob("*.py"), *tiny.ROOT.glob("bench/*.py")]:
+        if path.name == "settings.py":  # its own checks do not count
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 read_names.add(node.attr)

@@ -296,7 +296,15 @@ def test_an_interrupt_ends_with_one_line_and_leaves_nothing_running(tmp_path, co
         SMALL_UNITS,
         *arguments(tmp_path / "out", "--source", corpus, num_proc=2),
     ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a shell starts its background jobs with the signal ignored, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list((tmp_path / "out").glob(".parts/*-*.json")):
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
