@@ -48,12 +48,14 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench.variants import LoopLoss, draw_activations, gradients, spatial_errors
-    from distributed import pick_device
+    from distributed import keep_freed_memory, pick_device
     from spatial import TopoLMLoss, sheet_positions
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = torch.device(pick_device(cfg.device))
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     report = Report(as_json=cfg.json, device=device_label(device))
     topo_cfg = TopoConfig(radius=cfg.radius, neighbourhoods=cfg.neighbourhoods)
     names = [f"sheet.{i}" for i in range(cfg.sheets)]

@@ -62,11 +62,13 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench.training import SETUPS, Trainer
-    from distributed import Ranks, pick_device
+    from distributed import Ranks, keep_freed_memory, pick_device
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = torch.device(pick_device(cfg.device))
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     ranks = Ranks(0, 1, device)
     with data(cfg, device) as steps:
         if cfg.memory_of:

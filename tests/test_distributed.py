@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -209,3 +210,25 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_the_nearest_that_they_c
     preflight.check_batch_size(cfg, 7)
     with pytest.raises(UserError, match=r"batch_size = 14 .* 2 x 4 processes.*--batch_size 16"):
         preflight.check_batch_size(cfg, 4)
+
+
+FAULTS = """
+import resource, sys
+from distributed import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    before = faults()
+    bytearray(b"x") * (1 << 27)  # 128 MB, freed at once
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept_so_that_its_pages_are_not_mapped_again():
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("keep") < 100 < 10_000 < faults("return")
