@@ -38,24 +38,44 @@ def save(
     """
     final = step_folder(run, state.step)
     if not final.exists():
-        part = final.with_name(f".{final.name}.tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        del tensors["lm_head.weight"]  # tied: it is transformer.wte.weight
-        tensors |= {POSITIONS + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        torch.save(optimizer.state_dict(), part / "optimizer.pt")
-        content = {**record, "train_state": dataclasses.asdict(state)}
-        (part / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for path in (*part.iterdir(), part):
-            fsync(path)
-        part.rename(final)
-        fsync(final.parent)
+        try:
+            write(final, model, positions, optimizer, {**record, "train_state": dataclasses.asdict(state)})
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have errors of their own
+            raise UserError(
+                f"checkpoint {final} cannot be written: {error}; those before it are kept: make room, "
+                "then --resume"
+            ) from None
     point(run / "last", final)
     if state.best_step == state.step:
         point(run / "best", final)
     return final
+
+
+def write(
+    final: Path,
+    model: GPT,
+    positions: dict[str, np.ndarray],
+    optimizer: torch.optim.Optimizer,
+    content: dict[str, Any],
+) -> None:
+    """Write the files of a checkpoint under a temporary name, sync them, and rename."""
+    part = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    del tensors["lm_head.weight"]  # tied: it is transformer.wte.weight
+    tensors |= {POSITIONS + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    torch.save(optimizer.state_dict(), part / "optimizer.pt")
+    (part / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for path in (*part.iterdir(), part):
+        fsync(path)
+    part.rename(final)
+    fsync(final.parent)
 
 
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:

@@ -35,6 +35,10 @@ def introduce(
         f"data: {corpora.train.n_tokens:,} training tokens, {epochs:.2f} epochs in {cfg.max_steps:,} steps "
         f"of {tokens_per_step:,} tokens; {corpora.val.n_tokens:,} validation tokens"
     )
+    known = {shard.sha256 for shard in corpora.train.shards if shard.sha256}
+    shared = [shard.path for shard in corpora.val.shards if shard.sha256 in known]
+    if shared:
+        log.say(f"note: {len(shared)} of the validation shards are training data, too (first: {shared[0]})")
     log.say(f"device: {ranks.world} x {ranks.device_name}, {how}")
     log.say(f"{f'resuming at step {state.step:,}' if state.step else 'starting'}; run folder: {run}")
     if state.step >= cfg.max_steps:

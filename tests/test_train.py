@@ -386,3 +386,25 @@ def test_a_checkpoint_holds_no_code(run):
         dataclasses.asdict(TrainState()).keys()
         == json.loads((run / "last" / "state.json").read_text())["train_state"].keys()
     )
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_harms_no_other(folder, monkeypatch):
+    write, written = torch.save, []
+
+    def full_disk(content, path):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        write(content, path)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    cfg = tiny.config(folder, "full-disk")
+    with pytest.raises(UserError, match="step-00000[45] cannot be written: .*No space left.*--resume"):
+        train(cfg)
+    monkeypatch.undo()
+    assert train(replace(cfg, resume=True)).step == cfg.max_steps
+
+
+def test_validation_on_training_data_is_said(folder, capsys):
+    train(tiny.config(folder, "overlap", val_data_dir=(str(folder / "train"),), max_steps=1))
+    assert "note: 2 of the validation shards are training data, too" in capsys.readouterr().out
