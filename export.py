@@ -323,9 +323,6 @@ def write_tokenizer(folder: Path, words: "Tokenizer", block_size: int) -> None:
             **names,
         },
     )
-    write_json(
-        folder / "generation_config.json", {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT}
-    )
 
 
 def write_record(folder: Path, run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str) -> None:
