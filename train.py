@@ -57,9 +57,8 @@ def train(cfg: TrainConfig) -> TrainState:
     """Run the training that cfg describes, from the start or from a checkpoint; return where it ended."""
     corpora = preflight.check(cfg)
     with distributed.start(cfg.device) as ranks, explain_out_of_memory(cfg), StopSignals() as signals:
-        return run_loop(
-            cfg, ranks, corpora, signals
-        )  # a call, so that DDP goes before the process group does
+        # a call of its own, so that DDP is gone before the process group is
+        return run_loop(cfg, ranks, corpora, signals)
 
 
 def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals: StopSignals) -> TrainState:

@@ -54,3 +54,11 @@ def no_pictures():
 
             patch.setattr(maps, "draw", lambda *args, **kwargs: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer, loaded once."""
+    import texts
+
+    return texts.load()

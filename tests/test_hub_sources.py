@@ -22,18 +22,12 @@ from texts import ROOT, arguments, bytes_of, check_against_naive, make_documents
 
 import hub_sources
 import prepare_fineweb
-import tokenizer
 from config import UserError
 
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
     texts.small_units(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def gpt2() -> tokenizer.Tokenizer:
-    return texts.load()
 
 
 class Refusal(OSError):

@@ -27,7 +27,6 @@ from texts import (
 import parts
 import prepare_fineweb
 import sources
-import tokenizer
 from config import UserError
 
 SMALL_UNITS = (
@@ -38,11 +37,6 @@ SMALL_UNITS = (
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
     texts.small_units(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def gpt2() -> tokenizer.Tokenizer:
-    return texts.load()
 
 
 @pytest.fixture(scope="module")

@@ -40,11 +40,6 @@ def small_units(monkeypatch):
     texts.small_units(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def gpt2() -> tokenizer.Tokenizer:
-    return texts.load()
-
-
 def test_parquet_gives_the_tokens_of_a_naive_loop_and_the_format_of_llm_c(tmp_path, gpt2):
     documents = make_documents(700)
     write_parquet(tmp_path / "corpus" / "b.parquet", documents[400:])
