@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import topo
+from runfolder import read_metrics
 
 # What is known about data sets: name on the Hub -> title, licence (the Hub's name for it), licence in words.
 LICENCES = {
@@ -292,14 +293,7 @@ def describe(source: dict[str, Any], n_tokens: int) -> Data:
 
 def validation_at(run: Path, step: int) -> dict[str, Any] | None:
     """The last evaluation up to a step."""
-    found = None
-    try:
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["split"] == "val" and record["step"] <= step:
-                found = record
-    except (OSError, ValueError, KeyError):
-        pass  # no record, or one cut off by a kill: what was read until there counts
+    found = next((r for r in reversed(read_metrics(run, "val")) if r.get("step", step + 1) <= step), None)
     return found if found and {"cross_entropy", "spatial_loss", "moran"} <= found.keys() else None
 
 

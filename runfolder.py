@@ -64,6 +64,17 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def read_metrics(run: Path, split: str) -> list[dict[str, Any]]:
+    """Records of a split in metrics.jsonl, up to a line that a kill cut off; none where there is no file."""
+    records = []
+    try:
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            records.append(json.loads(line))
+    except (OSError, ValueError):
+        pass  # what was read until there counts
+    return [record for record in records if record.get("split") == split]
+
+
 def prune(run: Path, keep_last: int) -> None:
     """Delete all checkpoints but the newest keep_last and `best`, and what killed runs left half written."""
     best = (run / "best").resolve()

@@ -3,15 +3,14 @@
 python summary.py out/topolm
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from tyro.conf import Positional
 
 from config import UserError, parse, run_main
+from runfolder import read_metrics
 
 FIGURES = {
     "cross_entropy": "cross-entropy (nats)",
@@ -29,7 +28,11 @@ class SummaryConfig:
 
 def main(argv: list[str]) -> None:
     run = Path(parse(SummaryConfig, argv, prog="summary.py").run)
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(f"run {run} has no metrics.jsonl; give the folder of a run, such as out/NAME")
     evaluations = read_metrics(run, "val")
+    if not evaluations:
+        raise UserError(f"run {run} has no evaluation yet; wait for its first one")
     first, last = evaluations[0], evaluations[-1]
     cfg = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     model, topo = cfg["model"], cfg["topo"]
@@ -46,18 +49,6 @@ def main(argv: list[str]) -> None:
     picture = draw_before_and_after(run, cfg["run_name"], first["step"], last["step"])
     print(f"sheets before and after:  {picture}")
     print(f"all of it:                {run}/ (metrics.jsonl, log.txt, maps/, best/, last/)")
-
-
-def read_metrics(run: Path, split: str) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl of a split, in order of steps."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"run {run} has no metrics.jsonl; give the folder of a run, such as out/NAME")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [r for r in records if r["split"] == split]
-    if not found:
-        raise UserError(f"run {run} has no evaluation yet; wait for its first one")
-    return found
 
 
 def draw_before_and_after(run: Path, name: str, first: int, last: int) -> Path | str:
