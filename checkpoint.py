@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config import UserError
 from model import GPT
-from runfolder import TrainState, complete, fsync, point, read_state, step_folder
+from runfolder import TrainState, complete, fsync, permit, point, read_state, step_folder
 from settings import GPTConfig
 
 POSITIONS = "positions."  # prefix of the positions among the tensors of model.safetensors
@@ -70,6 +70,7 @@ def write(
     del tensors["lm_head.weight"]  # tied: it is transformer.wte.weight
     tensors |= {POSITIONS + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
     save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    permit(part / "model.safetensors")
     torch.save(optimizer.state_dict(), part / "optimizer.pt")
     (part / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in (*part.iterdir(), part):

@@ -107,6 +107,8 @@ def describe_type(kind: Any) -> str:
         return f"one of {', '.join(get_args(kind))}"
     if type(None) in get_args(kind):
         return f"{describe_type(get_args(kind)[0])} or None"
+    if get_origin(kind) is tuple and get_args(kind)[0] in (int, float):
+        return "one number or more"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return names.get(kind, "one path or more")
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 import hub
+import runfolder
 from config import UserError, parse, run_main
 from settings import GPTConfig
 
@@ -202,9 +203,11 @@ def write_weights(folder: Path, model: "GPT", dtype: str) -> None:
     wte, n_vocab = tensors["transformer.wte.weight"], n_vocab_of(model.cfg)
     tensors["transformer.wte.weight"] = wte[:n_vocab].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    runfolder.permit(folder / "model.safetensors")
     if n_vocab < len(wte):
         padding = {"transformer.wte.weight": wte[n_vocab:].clone()}
         save_file(padding, folder / hf_import.PADDING_FILE, metadata={"format": "pt"})
+        runfolder.permit(folder / hf_import.PADDING_FILE)
 
 
 def config_json(loaded: "LoadedRun", dtype: str) -> dict[str, Any]:

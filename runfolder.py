@@ -123,9 +123,20 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def permit(path: Path) -> None:
+    """Give a file the permissions of new files: safetensors makes its own readable by the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     part = path.with_name(f".{path.name}.tmp")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(data)
     fsync(part)
     part.replace(path)

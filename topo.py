@@ -119,13 +119,13 @@ def save_topography(
     **more: Any,
 ) -> None:
     """Write topography.safetensors (positions, a tensor per sheet) and topography.json (what they mean)."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     n_units = {len(p) for p in positions.values()}
     assert len(n_units) == 1, "all sheets have the same number of units"
     grid = grid_shape(n_units.pop())
     tensors = {sheet: np.ascontiguousarray(p, dtype=np.int32) for sheet, p in positions.items()}
-    save_file(tensors, folder / "topography.safetensors", metadata={"format": FORMAT})
+    (folder / "topography.safetensors").write_bytes(save(tensors, metadata={"format": FORMAT}))
     facts = {
         "format": FORMAT,
         "grid": list(grid),

@@ -450,6 +450,12 @@ def test_a_spoilt_folder_is_refused_in_one_line(copy, message):
 # ---- topography -----------------------------------------------------------------------------------
 
 
+def test_whoever_may_read_a_new_file_may_read_the_weights(run, folder):
+    for place in (run / "best", folder):
+        modes = {path.name: oct(path.stat().st_mode) for path in place.iterdir()}
+        assert len(set(modes.values())) == 1, modes
+
+
 def test_the_topography_is_read_from_a_run_and_from_an_export(run, folder):
     expected = {s: topo.positions("permuted", 16, 0, s) for s in sheet_names(2)}
     for place in (run, run / "last", folder, str(folder)):
