@@ -64,18 +64,24 @@ class RunLog:
         self.text.flush()
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Append one JSON object to metrics.jsonl, and copy its numbers to wandb."""
+        """Append one JSON object to metrics.jsonl, and copy its numbers to wandb, those of each sheet too."""
         if not self.is_main:
             return
         self.metrics.write(json.dumps(values) + "\n")
         self.metrics.flush()
         if self.wandb is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-            self.mirror(
-                lambda: self.wandb.log(
-                    {f"{values['split']}/{k}": v for k, v in numbers.items()}, values["step"]
-                )
-            )
+            self.mirror(lambda: self.wandb.log(curves(values), values["step"]))
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Copy a picture to wandb."""
+
+        def copy() -> None:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path))}, step)
+
+        if self.is_main and self.wandb is not None:
+            self.mirror(copy)
 
     def advance(self, step: int, line: str) -> None:
         """Move the bar to `step`, or print the line where nobody watches a bar."""
@@ -129,6 +135,17 @@ class RunLog:
                 self.mirror(self.wandb.finish)
             self.metrics.close()
             self.text.close()
+
+
+def curves(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record by the names of their curves: val/moran, val/moran_by_sheet/layer.0.attn."""
+    found = {}
+    for key, value in values.items():
+        nested = value if isinstance(value, Mapping) else {"": value}
+        for inner, number in nested.items():
+            if isinstance(number, int | float) and key != "step":
+                found["/".join(filter(None, [values["split"], key, inner]))] = number
+    return found
 
 
 def is_up_to(line: str, step: int) -> bool:

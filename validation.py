@@ -86,13 +86,12 @@ def report(
         f"step {state.step:,}/{cfg.max_steps:,}  validation: cross-entropy {values.cross_entropy:.4f}  "
         f"spatial {values.spatial_loss:.4f}  Moran's I {moran:.3f}  ({verdict})"
     )
-    name = f"step-{state.step:06d}"
-    maps.save_arrays(run / "maps" / f"{name}.npz", grids)
+    picture = run / "maps" / f"step-{state.step:06d}.png"
+    maps.save_arrays(picture.with_suffix(".npz"), grids)
     try:
         maps.draw(
-            run / "maps" / f"{name}.png",
-            [("", grids)],
-            f"{cfg.run_name}, step {state.step:,}: one token on every sheet",
+            picture, [("", grids)], f"{cfg.run_name}, step {state.step:,}: one token on every sheet"
         )
+        log.picture("val/sheets", picture, state.step)
     except ModuleNotFoundError as error:
         log.say_once(f"no pictures of the sheets: {error.name} is not installed (pip install matplotlib)")
