@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import topo
 from config import UserError
 from model import GPT
 from runfolder import TrainState, complete, fsync, permit, point, read_state, step_folder
@@ -80,7 +81,7 @@ def write(
 
 
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    """Weights by name, without the tied head, and positions by sheet, of a checkpoint."""
+    """Weights by name, without the tied head, and positions by sheet, in forward order, of a checkpoint."""
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
@@ -92,6 +93,7 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]
         for name, t in tensors.items()
         if name.startswith(POSITIONS)
     }
+    positions = dict(sorted(positions.items(), key=lambda item: topo.sheet_order(item[0])))  # 2 before 10
     return {name: t for name, t in tensors.items() if not name.startswith(POSITIONS)}, positions
 
 

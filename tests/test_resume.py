@@ -19,6 +19,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from checkpoint import load_run
+from model import sheet_names
 from train import train
 
 N = 18  # steps; checkpoints at 0, 5, 10, 15, 18 and after every best evaluation (each 4 steps)
@@ -138,6 +140,20 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(folder, whole):
     train(replace(cfg, max_steps=N, resume=True))
     assert_same_tensors(tiny.folder_of(cfg) / "last", whole / "last")
     assert tiny.records(tiny.folder_of(cfg), "train") == tiny.records(whole, "train")
+
+
+def test_the_sheets_of_more_than_ten_layers_keep_their_order(folder):
+    """By name, layer.10 would come before layer.2, and draw its neighbourhoods."""
+    runs = []
+    for name, first in (("deep", 4), ("deep_at_once", 2)):
+        cfg = tiny.config(
+            folder, name, model={"n_layer": 11}, max_steps=first, eval_every=100, save_every=100
+        )
+        train(cfg)
+        train(replace(cfg, max_steps=4, resume=True))
+        runs.append(tiny.folder_of(cfg))
+    assert_same_tensors(runs[0] / "last", runs[1] / "last")
+    assert list(load_run(runs[0]).positions) == sheet_names(11)
 
 
 @pytest.mark.parametrize("max_steps", [N, 10])  # as many as are done; fewer
