@@ -298,14 +298,15 @@ def validation_at(run: Path, step: int) -> dict[str, Any] | None:
 
 
 def read_evaluations(run: Path) -> list[tuple[str, str, str]]:
-    """Numbers of out/RUN/evals/*.json: (analysis, measure, value)."""
+    """Numbers of out/RUN/evals/*.json, of its summary where it has one: (analysis, measure, value)."""
     rows = []
     for path in sorted((run / "evals").glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        rows += [(path.stem, key, f"{number:.4g}") for key, number in numbers(content)]
+        shown = content.get("summary", content) if isinstance(content, dict) else {}
+        rows += [(path.stem, key, f"{number:.4g}") for key, number in numbers(shown)]
     return rows
 
 

@@ -10,9 +10,10 @@ EXTRAS = {
     "wandb": ["wandb<1"],  # train.py --wandb
     "hf": ["transformers>=4.51,<6", "peft<1"],  # checking exported models; fine-tuning them
     "figures": ["matplotlib>=3.8,<4"],  # pictures of the sheets
+    # the analyses, python -m evals.NAME
     "evals": ["scipy<2", "scikit-learn<2", "lm-eval<1", "xarray", "matplotlib>=3.8,<4"],
 }
-DEV = ["pytest<10", "hypothesis<7", "ruff<1", *EXTRAS["hf"], *EXTRAS["figures"]]
+DEV = ["pytest<10", "hypothesis<7", "ruff<1", "scipy<2", *EXTRAS["hf"], *EXTRAS["figures"]]
 
 setup(
     name="topogpt",

@@ -1,0 +1,369 @@
+"""Lesions: what a model loses with its most selective units, or with a disc on one sheet.
+
+    python -m evals.ablate out/topolm --control out/control           # of the language localiser
+    python -m evals.ablate out/topolm --disc layer.3.mlp --centre 14 14 --radius 5
+    python -m evals.ablate out/topolm --stimuli items.csv --conditions noun verb --text held-out.txt
+
+A lesioned unit adds nothing to the residual stream (--lesion zero), or its mean over the held-out text. What
+is measured, also of as many random units: the cross-entropy on held-out text and on the items of each
+condition, and how much of the contrast the other units still show. TopoLM's released code instead zeroes
+columns of the weights that read the stream, where every layer before has written.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+import rng
+from config import UserError, check_at_least, run_main
+from evals import heldout, measures, stimuli
+from evals.activations import batches, of_tokens, token_lists
+from evals.common import (
+    Analysis,
+    PoolingConfig,
+    Subject,
+    need,
+    print_table,
+    progress,
+    protocol_of,
+    run_analyses,
+    say,
+)
+from evals.stimuli import Stimuli
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model import GPT
+
+UNITS = (1, 28, 196, 784, 1568, 3136)  # sizes of lesions, of those that TopoLM made
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig(PoolingConfig):
+    """Lesion the most selective units, or a disc on a sheet: python -m evals.ablate RUN [--control RUN]."""
+
+    units: tuple[int, ...] | None = None  # sizes of lesions; None: 1 28 196 784 1568 3136 if there are
+    disc: str | None = None  # sheet of a disc (layer.3.mlp) that is lesioned instead
+    centre: tuple[int, int] | None = None  # row and column of its centre, counted from 0
+    radius: float | None = None  # l2 distance in cells up to which units belong to it; 0: the centre alone
+    lesion: Literal["zero", "mean"] = "zero"  # what lesioned units show: 0, or their mean over the text
+    stimuli: str | None = None  # CSV with the columns item and condition; None: the language localiser
+    conditions: tuple[str, str] = ("S", "N")  # of the contrast, first - second; selective: t is large
+    text: str | None = None  # file of held-out text; None: the validation shards of the run
+    n_tokens: int = 65_536  # of the held-out text that are predicted, the first ones
+    random_draws: int = 3  # lesions of as many random units, to compare with; a disc's are on its sheet
+    alpha: float = 0.05  # level of the false discovery rate over all units that are left
+    seed: int = 0  # of the random units
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.units is not None:
+            if not self.units or len(set(self.units)) < len(self.units):
+                raise UserError(f"units = {list(self.units)} must be different numbers of units")
+            check_at_least("units", min(self.units), 1)
+        self.check_disc()
+        check_at_least("n_tokens", self.n_tokens, 1)
+        check_at_least("random_draws", self.random_draws, 1)
+        if not 0 < self.alpha < 1:
+            raise UserError(f"alpha = {self.alpha} must be between 0 and 1")
+        if self.conditions[0] == self.conditions[1]:
+            raise UserError(f"conditions = {' '.join(self.conditions)} must be two; a contrast needs both")
+
+    def check_disc(self) -> None:
+        for name in ("centre", "radius"):
+            if self.disc is None and getattr(self, name) is not None:
+                raise UserError(f"{name} has no effect without a disc; add --disc SHEET")
+            if self.disc is not None and getattr(self, name) is None:
+                raise UserError(f"disc = {self.disc} needs a {name}; add --centre ROW COLUMN --radius CELLS")
+        if self.disc is not None and self.units is not None:
+            raise UserError("disc and units exclude each other; give one of them")
+        if self.radius is not None:
+            check_at_least("radius", self.radius, 0)
+
+
+# ---- which units ---------------------------------------------------------------------------------
+
+
+class Lesion(NamedTuple):
+    name: str
+    units: np.ndarray  # (S, n_units) bool
+    among: np.ndarray  # (S, n_units) bool: where as many random units are drawn
+
+
+def check_fits(cfg: AblateConfig, subject: Subject) -> None:
+    """Refuse units and discs that the model has not."""
+    n_units, (h, w) = len(subject.sheets) * subject.model.cfg.n_embd, subject.grid
+    if cfg.units is not None and max(cfg.units) > n_units:
+        raise UserError(f"units = {max(cfg.units)} are more than the {n_units} that {subject.label} has")
+    if cfg.disc is None:
+        return
+    if cfg.disc not in subject.sheets:
+        there = ", ".join(subject.sheets)
+        raise UserError(f"disc = {cfg.disc} is no sheet of {subject.label}; its sheets are {there}")
+    row, column = cfg.centre
+    if not (0 <= row < h and 0 <= column < w):
+        inside = f"rows are 0 to {h - 1}, columns 0 to {w - 1}"
+        raise UserError(f"centre = {row} {column} is outside the {h}x{w} sheet; {inside}")
+
+
+def lesions_of(cfg: AblateConfig, subject: Subject, t: np.ndarray) -> list[Lesion]:
+    """All lesions of an analysis; t: selectivity of every unit, (S, n_units)."""
+    if cfg.disc is not None:
+        row, column = cfg.centre
+        name = f"disc of radius {cfg.radius:g} at {cfg.disc} {row},{column}"
+        sheet = np.broadcast_to(np.array(subject.sheets)[:, None] == cfg.disc, t.shape)
+        apart = np.linalg.norm(subject.positions[cfg.disc] - np.array(cfg.centre), axis=1)
+        return [Lesion(name, sheet & (apart <= cfg.radius), sheet)]
+    sizes = sorted(cfg.units) if cfg.units is not None else [k for k in UNITS if k <= t.size]
+    return [Lesion(f"{k} most selective", most_selective(t, k), np.ones(t.shape, bool)) for k in sizes]
+
+
+def most_selective(t: np.ndarray, k: int) -> np.ndarray:
+    """The k units of largest t over all sheets, (S, n_units) bool; the first ones where t is the same."""
+    return chosen(t.shape, np.argsort(-t, axis=None, kind="stable")[:k])
+
+
+def random_units(among: np.ndarray, k: int, seed: int, draw: int) -> np.ndarray:
+    """k random units among some, (S, n_units) bool; a draw's smaller lesions lie within its larger ones."""
+    candidates = np.flatnonzero(among)
+    return chosen(among.shape, candidates[rng.permutation(len(candidates), seed, "lesion", draw)[:k]])
+
+
+def chosen(shape: tuple[int, ...], places: np.ndarray) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    mask.flat[places] = True
+    return mask
+
+
+# ---- lesions by hooks ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hooked(model: "GPT", sheets: Sequence[str], hooks: Sequence[Callable]) -> Iterator[None]:
+    """Run a hook on the output of the branch behind each sheet, before it joins the residual stream."""
+    with contextlib.ExitStack() as stack:
+        for sheet, hook in zip(sheets, hooks, strict=True):
+            _, layer, branch = sheet.split(".")
+            handle = getattr(model.transformer.h[int(layer)], branch).register_forward_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+def lesioned(
+    model: "GPT", sheets: Sequence[str], units: np.ndarray, fill: np.ndarray
+) -> contextlib.AbstractContextManager[None]:
+    """The model with units, (S, n_units) bool, showing the values in fill, (S, n_units), for every token."""
+    import torch
+
+    mask = torch.from_numpy(units).to(model.device)
+    values = torch.from_numpy(fill.astype(np.float32)).to(model.device)
+
+    def replace(i: int, module: object, inputs: object, out: "Tensor") -> "Tensor":
+        return torch.where(mask[i], values[i].to(out.dtype), out)
+
+    return hooked(model, sheets, [partial(replace, i) for i in range(len(sheets))])
+
+
+def mean_outputs(model: "GPT", sheets: Sequence[str], rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean output of every unit's branch over the tokens of rows of equal length, (S, n_units)."""
+    totals = np.zeros((len(sheets), model.cfg.n_embd))
+
+    def add(i: int, module: object, inputs: object, out: "Tensor") -> None:
+        totals[i] += out.float().sum((0, 1)).double().cpu().numpy()
+
+    with hooked(model, sheets, [partial(add, i) for i in range(len(sheets))]):
+        cross_entropy(model, rows)
+    return totals / sum(len(row) - 1 for row in rows)
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+def cross_entropy(model: "GPT", rows: Sequence[np.ndarray]) -> float:
+    """Nats per token over all tokens of all rows but the first of each, which nothing predicts."""
+    import torch
+
+    total = 0.0
+    with torch.inference_mode():
+        for batch in batches([len(row) - 1 for row in rows]):
+            longest = max(len(rows[i]) for i in batch)
+            tokens = torch.zeros(len(batch), longest - 1, dtype=torch.int64)
+            targets = torch.full_like(tokens, -1)
+            for line, i in enumerate(batch):
+                row = torch.from_numpy(rows[i].astype(np.int64))
+                tokens[line, : len(row) - 1], targets[line, : len(row) - 1] = row[:-1], row[1:]
+            loss = model(tokens.to(model.device), targets.to(model.device), keep_logits=False).loss
+            total += loss.item() * int((targets >= 0).sum())
+    return total / sum(len(row) - 1 for row in rows)
+
+
+def held_out(cfg: AblateConfig, subject: Subject) -> tuple[list[np.ndarray], dict[str, str]]:
+    """Rows of tokens, a context long and one more, as in a run's evaluations; and their source -> SHA-256."""
+    if cfg.text is not None:
+        stream, source, sha256 = heldout.text_file(Path(cfg.text), cfg.vocab_dir)
+    else:
+        stream, source, sha256 = heldout.shards(subject, None, cfg.n_tokens)
+    stream = stream[: cfg.n_tokens + 1]
+    if len(stream) < 2:
+        raise UserError(f"text: {source} is empty; give a file of text")
+    size = min(subject.model.cfg.block_size, len(stream) - 1)
+    return [stream[i : i + size + 1] for i in range(0, len(stream) - size, size)], {source: sha256}
+
+
+class Bench(NamedTuple):
+    """What every lesion is measured on."""
+
+    cfg: AblateConfig
+    subject: Subject
+    rows: list[np.ndarray]  # of the held-out text
+    items: list[np.ndarray]  # tokens of each item, to be pooled
+    conditions: dict[str, list[np.ndarray]]  # after an end-of-text token, so that all tokens are predicted
+    first: np.ndarray  # (n_items,) bool: of the first condition of the contrast
+    second: np.ndarray
+
+    def contrast(self) -> measures.TTest:
+        """Of every unit as it is now, each (S, n_units)."""
+        patterns = of_tokens(self.subject.model, self.items, self.cfg.pooling)
+        x = np.stack([patterns[sheet] for sheet in self.subject.sheets], axis=1)  # (n_items, S, n_units)
+        return measures.welch(x[self.first], x[self.second])
+
+    def measure(self, left: np.ndarray) -> dict[str, Any]:
+        """The numbers of the model as it is now; the contrast's in the units that are left."""
+        model = self.subject.model
+        return {
+            "cross_entropy": cross_entropy(model, self.rows),
+            "conditions": {name: cross_entropy(model, rows) for name, rows in self.conditions.items()},
+            "contrast": strength(self.contrast(), left, self.cfg.alpha),
+        }
+
+    def under(self, units: np.ndarray, fill: np.ndarray) -> dict[str, Any]:
+        with lesioned(self.subject.model, self.subject.sheets, units, fill):
+            return self.measure(~units)
+
+
+def bench_of(cfg: AblateConfig, subject: Subject, found: Stimuli, rows: list[np.ndarray]) -> Bench:
+    import tokenizer
+
+    items = token_lists(cfg, subject, found)
+    eot = np.array([tokenizer.EOT])
+    after_eot = items if cfg.eot else [np.concatenate([eot, tokens]) for tokens in items]
+    conditions: dict[str, list[np.ndarray]] = {}
+    for condition, tokens in zip(found.conditions, after_eot, strict=True):
+        conditions.setdefault(condition, []).append(tokens)
+    first, second = (found.where(name) for name in cfg.conditions)
+    return Bench(cfg, subject, rows, items, dict(sorted(conditions.items())), first, second)
+
+
+def strength(found: measures.TTest, left: np.ndarray, alpha: float) -> dict[str, float]:
+    """Share of the units that are left whose contrast is significant, and its mean |t| there."""
+    if not left.any():
+        return {"significant_percent": float("nan"), "mean_abs_t": float("nan")}
+    significant = measures.fdr(found.p[left]) < alpha
+    return {"significant_percent": 100 * significant.mean(), "mean_abs_t": np.abs(found.t[left]).mean()}
+
+
+def summary(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over draws of each number, as NAME_mean and NAME_sd."""
+    found: dict[str, Any] = {}
+    for key, value in draws[0].items():
+        each = [draw[key] for draw in draws]
+        if isinstance(value, dict):
+            found[key] = summary(each)
+        else:
+            found[f"{key}_mean"] = float(np.mean(each))
+            found[f"{key}_sd"] = float(np.std(each, ddof=1)) if len(each) > 1 else None
+    return found
+
+
+# ---- the analysis --------------------------------------------------------------------------------
+
+
+def analyse(cfg: AblateConfig, subject: Subject) -> Analysis:
+    need("scipy")
+    check_fits(cfg, subject)
+    source = Path(cfg.stimuli or Path(cfg.stimuli_dir) / "fedorenko2010_localizer")
+    found = stimuli.read(source) if cfg.stimuli is not None else stimuli.localizer(source)
+    what = " - ".join(cfg.conditions)
+    stimuli.check_groups(found, *(found.where(name) for name in cfg.conditions), what)
+    rows, data = held_out(cfg, subject)
+    bench = bench_of(cfg, subject, found, rows)
+    model, sheets = subject.model, subject.sheets
+
+    intact = bench.contrast()
+    shape = intact.t.shape
+    fill = mean_outputs(model, sheets, rows) if cfg.lesion == "mean" else np.zeros(shape)
+    none = bench.measure(np.ones(shape, bool))
+    results, arrays = [], {"t": on_grid(subject, intact.t).astype(np.float32)}
+    for lesion in progress(lesions_of(cfg, subject, intact.t), "lesions"):
+        k = int(lesion.units.sum())
+        seen = bench.under(lesion.units, fill)
+        draws = [random_units(lesion.among, k, cfg.seed, draw) for draw in range(cfg.random_draws)]
+        results.append(
+            {"name": lesion.name, "k": k}
+            | seen
+            | {"contrast_intact": strength(intact, ~lesion.units, cfg.alpha)}
+            | {"random": summary([bench.under(units, fill) for units in draws])}
+        )
+        arrays[f"lesioned.{lesion.name}"] = on_grid(subject, lesion.units).astype(np.uint8)
+    return Analysis(
+        protocol_of(cfg) | {"tokens_predicted": sum(len(row) - 1 for row in rows)},
+        {source.name: found.sha256} | data,
+        {
+            "what": what,
+            "conditions": list(cfg.conditions),
+            "n_units": intact.t.size,
+            "lesioned": "what a unit of a branch adds to the residual stream",
+            "post_residual": model.cfg.post_residual,
+            "no_lesion": none,
+            "lesions": results,
+        },
+        arrays,
+    )
+
+
+def on_grid(subject: Subject, values: np.ndarray) -> np.ndarray:
+    """(S, n_units) as maps (S, h, w)."""
+    return subject.on_grid(dict(zip(subject.sheets, values, strict=True)))
+
+
+def table(contents: list[dict[str, Any]]) -> None:
+    for content in contents:
+        found = content["results"]
+        none, (first, second) = found["no_lesion"], found["conditions"]
+        say(f"{content['model']['label']}: cross-entropy in nats per token, and its increase (+)")
+        if found["post_residual"]:
+            say("(sheets show the residual stream; lesioned is what the branch of a sheet adds to it)")
+        rows = [["no lesion", 0, none["cross_entropy"], *[None] * 5, none["contrast"]["significant_percent"]]]
+        for lesion in found["lesions"]:
+            row = [lesion["name"], lesion["k"], lesion["cross_entropy"]]
+            row += [lesion["cross_entropy"] - none["cross_entropy"]]
+            row += [lesion["random"]["cross_entropy_mean"] - none["cross_entropy"]]
+            row += [lesion["random"]["cross_entropy_sd"]]
+            row += [lesion["conditions"][c] - none["conditions"][c] for c in (first, second)]
+            rows.append([*row, lesion["contrast"]["significant_percent"]])
+        head = [
+            "lesion",
+            "units",
+            "text",
+            "+",
+            "+ random",
+            "sd",
+            f"+ {first}",
+            f"+ {second}",
+            "% significant",
+        ]
+        print_table(head, rows)
+
+
+def main(argv: list[str]) -> None:
+    run_analyses("ablate", AblateConfig, argv, analyse, table)
+
+
+if __name__ == "__main__":
+    run_main(main)

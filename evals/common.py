@@ -1,0 +1,352 @@
+"""What the analyses share: their settings, the model they look at, and what they write down.
+
+    python -m evals.NAME RUN_OR_MODEL [--control RUN]     # activations, topography, localize, contrasts, ...
+
+An analysis of a run leaves out/RUN/evals/NAME.json (numbers, protocol, hashes of data and weights, commit),
+NAME.safetensors (the arrays behind its figures) and figures drawn from those two files alone (figures.py).
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from tyro.conf import Positional
+
+import topo
+from config import UserError, check_at_least, parse
+from runfolder import write_bytes, write_text
+
+if TYPE_CHECKING:  # --help and mistakes answer at once
+    from model import GPT
+
+FORMAT = "topogpt-eval-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What every analysis can be told."""
+
+    run: Positional[str]  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
+    control: str | None = None  # its control: analysed the same way, and shown beside it
+    checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
+    positions: str | None = None  # for a model without: identity, permuted, or a folder with a topography
+    results_dir: str | None = None  # folder for the results; None: evals/ inside the run or folder
+    stimuli_dir: str = "data/stimuli"  # where stimuli lie; `python -m evals.fetch` fills it
+    figures: bool = True  # draw the figures, too
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
+
+    def __post_init__(self) -> None:
+        if self.control is not None and self.results_dir is not None:
+            raise UserError("results_dir has no effect with control, as each model has a folder of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingConfig(EvalConfig):
+    """How the tokens of an item become one pattern of activation."""
+
+    pooling: Literal["mean", "last"] = "mean"  # over an item's tokens (never padding), or its last one
+    eot: bool = False  # whether an end-of-text token, which starts documents in training, leads each item
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapConfig(PoolingConfig):
+    """How maps are smoothed and tested."""
+
+    fwhm_mm: tuple[float, ...] = (0.0, 1.0, 2.0)  # of the Gaussian readout: 2 is TopoLM's "smoothed", 0 none
+    unit_distance_mm: float = 1.0  # between neighbours on the grid
+    contiguity: Literal["queen", "rook"] = "queen"  # which cells are neighbours in Moran's I
+    permutations: int = 999  # of Moran's I, and maps of white noise for its floor
+    alpha: float = 0.05  # level of the false discovery rate over all units of all sheets
+    seed: int = 0  # of permutations, noise and splits
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_map_settings(self)
+
+
+def check_map_settings(cfg: Any) -> None:
+    if not cfg.fwhm_mm or min(cfg.fwhm_mm) < 0 or len(set(cfg.fwhm_mm)) < len(cfg.fwhm_mm):
+        raise UserError(f"fwhm_mm = {list(cfg.fwhm_mm)} must be different widths of at least 0")
+    check_at_least("permutations", cfg.permutations, 1)
+    if not 0 < cfg.unit_distance_mm < float("inf"):
+        raise UserError(f"unit_distance_mm = {cfg.unit_distance_mm} must be above 0")
+    if hasattr(cfg, "alpha") and not 0 < cfg.alpha < 1:
+        raise UserError(f"alpha = {cfg.alpha} must be between 0 and 1")
+
+
+# ---- the model that is looked at -----------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """A model with its sheets, and where its results go."""
+
+    label: str  # what figures and tables call it
+    model: "GPT"  # in eval mode, on its device
+    positions: dict[str, np.ndarray]  # sheet -> (n_units, 2)
+    results: Path  # folder
+    checkpoint: Path  # folder of its weights
+    settings: dict[str, Any] | None  # of the run it comes from
+
+    @property
+    def sheets(self) -> list[str]:
+        return list(self.positions)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return topo.grid_shape(self.model.cfg.n_embd)
+
+    def on_grid(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Values of units, sheet -> (..., n_units), as maps (S, ..., h, w)."""
+        return np.stack([topo.on_grid(values[sheet], p) for sheet, p in self.positions.items()])
+
+
+def load_subject(cfg: EvalConfig, source: str) -> Subject:
+    from distributed import pick_device
+    from hf_import import load_model
+
+    loaded = load_model(source, cfg.checkpoint, pick_device(cfg.device))
+    positions = loaded.positions or positions_for(cfg, source, loaded.model)
+    state, settings = loaded.folder / "state.json", None
+    if state.is_file():
+        settings = json.loads(state.read_text(encoding="utf-8"))["config"]
+    results = Path(cfg.results_dir) if cfg.results_dir else results_folder(source)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{results} cannot be made: {error.strerror}; choose another --results_dir") from None
+    label = settings["run_name"] if settings else source.rstrip("/")
+    return Subject(label, loaded.model, positions, results, loaded.folder, settings)
+
+
+def results_folder(source: str) -> Path:
+    """evals/ inside a run or an exported folder; for a repository of the Hub a folder of its name in out/."""
+    folder = Path(source) if Path(source).is_dir() else Path("out") / source.replace("/", "--")
+    return folder / "evals"
+
+
+def positions_for(cfg: EvalConfig, source: str, model: "GPT") -> dict[str, np.ndarray]:
+    """Positions of a model that has none, as --positions says."""
+    from model import sheet_names
+
+    sheets, n_units = sheet_names(model.cfg.n_layer), model.cfg.n_embd
+    if cfg.positions is None:
+        raise UserError(
+            f"{source} has no positions of its units; give --positions identity (unit i in cell i), "
+            "permuted, or a folder that holds topography.safetensors"
+        )
+    if cfg.positions in ("identity", "permuted"):
+        return {sheet: topo.positions(cfg.positions, n_units, 0, sheet) for sheet in sheets}
+    try:
+        positions = topo.load_topography(cfg.positions).positions
+    except ValueError as error:
+        raise UserError(f"positions: {error}") from None
+    if list(positions) != sheets or {len(p) for p in positions.values()} != {n_units}:
+        raise UserError(
+            f"positions = {cfg.positions} are of {len(positions)} sheets of "
+            f"{len(next(iter(positions.values())))} units, but {source} has {len(sheets)} of {n_units}"
+        )
+    return positions
+
+
+def moran_of_sheets(cfg: Any, subject: Subject, maps: np.ndarray, fwhm_mm: float) -> dict[str, Any]:
+    """Moran's I of every sheet, beside its floor.
+
+    Args:
+        cfg: a MapConfig, or another with its settings of Moran's I.
+        maps: (S, h, w), or (S, n, h, w) for the mean over n maps; smoothed at fwhm_mm.
+    """
+    from evals import measures
+
+    found = {
+        sheet: measures.moran(
+            grids, fwhm_mm, cfg.unit_distance_mm, cfg.contiguity, cfg.permutations, cfg.seed
+        )
+        for sheet, grids in zip(subject.sheets, maps, strict=True)
+    }
+    return {
+        "mean": np.mean([m.value for m in found.values()]),
+        "floor": next(iter(found.values())).floor,
+        "by_sheet": {sheet: m._asdict() for sheet, m in found.items()},
+    }
+
+
+# ---- what an analysis leaves ---------------------------------------------------------------------
+
+
+class Analysis(NamedTuple):
+    protocol: dict[str, Any]  # what the numbers depend on besides weights and data
+    data: dict[str, str]  # file or corpus -> SHA-256
+    results: dict[str, Any]  # numbers
+    arrays: dict[str, np.ndarray]  # what figures need besides
+    summary: dict[str, float] = {}  # the few numbers that a model card shows
+
+
+def run_analyses(
+    name: str,
+    cls: type,
+    argv: list[str],
+    analyse: Callable[[Any, Subject], Analysis],
+    table: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """The main of an analysis: for the model, then its control, analyse and save; print a table; draw."""
+    cfg = parse(cls, argv, prog=f"python -m evals.{name}")
+    folders = []
+    for source in [cfg.run] + [cfg.control] * (cfg.control is not None):
+        subject = load_subject(cfg, source)
+        save(name, subject, analyse(cfg, subject))
+        folders.append(subject.results)
+    table([read(folder, name) for folder in folders])
+    say(f"numbers: {folders[0] / name}.json")
+    if cfg.figures:
+        from evals import figures
+
+        for path in figures.draw(name, *folders):
+            say(f"figure:  {path}")
+
+
+def save(name: str, subject: Subject, analysis: Analysis) -> None:
+    """Write NAME.safetensors and NAME.json, each whole or not at all; the JSON last, as it speaks of both."""
+    from safetensors.numpy import save as as_bytes
+
+    import provenance
+
+    arrays = {key: np.ascontiguousarray(a) for key, a in analysis.arrays.items()}
+    write_bytes(subject.results / f"{name}.safetensors", as_bytes(arrays, metadata={"format": FORMAT}))
+    content = {
+        "format": FORMAT,
+        "analysis": name,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "model": {
+            "label": subject.label,
+            "checkpoint": subject.checkpoint.name,
+            "weights_sha256": weights_sha256(subject.checkpoint),
+            "spatial_loss": subject.settings["topo"]["loss"] if subject.settings else None,
+            "sheets": subject.sheets,
+            "grid": list(subject.grid),
+        },
+        "protocol": analysis.protocol,
+        "data_sha256": analysis.data,
+        "code": {
+            "git_sha": provenance.git("rev-parse", "HEAD"),
+            "changed": bool(provenance.git("diff", "HEAD")),
+        },
+        "summary": analysis.summary,
+        "results": analysis.results,
+    }
+    write_text(subject.results / f"{name}.json", json.dumps(plain(content), indent=1) + "\n")
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    """What an analysis wrote about its numbers."""
+    path = folder / f"{name}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] == FORMAT:
+            return content
+        reason = f"it is no {FORMAT}"
+    except FileNotFoundError:
+        reason = "it is not there"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = str(error)
+    raise UserError(f"{path} cannot be read ({reason}); make it with `python -m evals.{name}`")
+
+
+def read_arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / f"{name}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); make it with `python -m evals.{name}`") from None
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the weights of a checkpoint or an exported folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def protocol_of(cfg: EvalConfig) -> dict[str, Any]:
+    """The settings that numbers depend on: all but where things lie and how they are shown."""
+    elsewhere = {
+        "run",
+        "control",
+        "checkpoint",
+        "results_dir",
+        "stimuli_dir",
+        "figures",
+        "device",
+        "vocab_dir",
+    }
+    return {key: value for key, value in asdict(cfg).items() if key not in elsewhere}
+
+
+def plain(value: Any) -> Any:
+    """numpy to JSON: scalars, arrays as lists, numbers that are not finite as null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+# ---- what a person sees --------------------------------------------------------------------------
+
+
+def say(line: str = "") -> None:
+    print(line, flush=True)
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """A bar on a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Columns as wide as they need to be, numbers to the right."""
+    shown = [[cell(value) for value in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        first, *others = (
+            text.ljust(w) if i == 0 else text.rjust(w)
+            for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        )
+        say("  ".join([first, *others]).rstrip())
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    )
+
+
+def need(*packages: str) -> None:
+    """Say in one line which package of the `evals` extra is missing."""
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(f"{package} is not installed; pip install -e '.[evals]' -c constraints.txt")

@@ -1,0 +1,68 @@
+"""Held-out text: the run's own validation tokens, other shards, or a text file."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import UserError
+from evals.common import Subject
+from evals.stimuli import sha256
+
+
+class HeldOut(NamedTuple):
+    tokens: np.ndarray  # (n_windows, length) int64: windows of the text, one after the other
+    source: str
+    sha256: str
+
+
+def read(subject: Subject, text: str | None, n_tokens: int, vocab_dir: str | None = None) -> HeldOut:
+    """The first n_tokens of the text, or fewer where it is shorter, in windows of the model's context.
+
+    Args:
+        text: a .txt file, or shards; None: the validation shards of the run.
+    """
+    if text is not None and Path(text).suffix == ".txt":
+        stream, source, digest = text_file(Path(text), vocab_dir)
+    else:
+        stream, source, digest = shards(subject, text, n_tokens)
+    vocab_size = subject.model.cfg.vocab_size
+    if len(stream) < 2 or stream.max() >= vocab_size:
+        raise UserError(
+            f"{source}: {len(stream)} tokens up to number {max(stream, default=0)} cannot be read by a model "
+            f"of {vocab_size} tokens; give another --text"
+        )
+    length = min(subject.model.cfg.block_size, len(stream))
+    n_windows = max(1, min(n_tokens, len(stream)) // length)
+    return HeldOut(stream[: n_windows * length].reshape(n_windows, length).astype(np.int64), source, digest)
+
+
+def text_file(path: Path, vocab_dir: str | None) -> tuple[np.ndarray, str, str]:
+    import tokenizer
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text = {path} cannot be read: {error}; give a UTF-8 text file") from None
+    return tokenizer.load(vocab_dir).encode_document(text), str(path), sha256(path)
+
+
+def shards(subject: Subject, text: str | None, n_tokens: int) -> tuple[np.ndarray, str, str]:
+    from data import open_corpus
+
+    if text is None and subject.settings is None:
+        raise UserError(
+            f"{subject.label} is no run, so it has no held-out text of its own; give --text FILE.txt or "
+            "shards"
+        )
+    patterns: Sequence[str] = [text] if text is not None else subject.settings["val_data_dir"]
+    key = "text" if text is not None else "val_data_dir of the run"
+    try:
+        corpus = open_corpus(patterns, key=key, vocab_size=subject.model.cfg.vocab_size)
+    except UserError as error:
+        raise UserError(f"{error}; or give other text: --text FILE.txt") from None
+    stream = corpus.window(0, min(n_tokens + 1, corpus.n_tokens))
+    used = hashlib.sha256(stream.tobytes()).hexdigest()
+    return stream, ", ".join(map(str, patterns)), corpus.fingerprint or used
