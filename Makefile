@@ -1,4 +1,5 @@
-# make demo: set up .venv, prepare text, train a small topographic GPT, show its maps and a sample (CPU or GPU, minutes)
+# make demo: set up .venv, prepare text, train a small topographic GPT, show its maps, a sample and a report (CPU or GPU,
+#            minutes); STIMULI=folder for the stimuli of its contrasts (python -m evals.fetch)
 # make test: set up .venv, check the code's style, run every test
 # make test-compat: the exported model in transformers 4.51
 # make control: the demo's matched control, without the spatial loss
@@ -8,6 +9,8 @@ PY := $(VENV)/bin/python
 COMPAT := .venv-compat
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+STIMULI ?= data/stimuli
+REPORT = $(PY) -m evals.report out/demo --stimuli_dir $(STIMULI) $(if $(wildcard out/demo-control/best),--control out/demo-control)
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .PHONY: demo control test test-compat clean
@@ -20,11 +23,15 @@ demo: $(VENV)/.demo data/pydoc/manifest.json
 	@$(PY) export.py out/demo
 	@echo && echo "a sample from the exported folder:"
 	@$(PY) sample.py out/demo/hf --prompt "The function returns" --max_new_tokens 60
+	@echo
+	@$(REPORT)
 
 control: $(VENV)/.demo data/pydoc/manifest.json
 	$(PY) train.py configs/demo.yaml --run_name demo-control --overwrite --topo.loss none
 	@echo
 	@$(PY) summary.py out/demo-control
+	@echo
+	@test ! -d out/demo/best || $(PY) -m evals.report out/demo --control out/demo-control --stimuli_dir $(STIMULI)
 
 test: $(VENV)/.test
 	$(PY) -m ruff check .
@@ -49,7 +56,7 @@ data/pydoc/manifest.json:
 
 $(VENV)/.demo: setup.py constraints.txt | $(PY)
 	@echo "installing into $(VENV): takes a few minutes the first time"
-	$(PIP) --editable ".[figures]" transformers
+	$(PIP) --editable ".[figures]" transformers scipy
 	@touch $@
 
 $(VENV)/.test: setup.py constraints.txt | $(PY)

@@ -28,7 +28,7 @@ from settings import GPTConfig, TopoConfig
 from spatial import TopoLMLoss
 
 REFERENCE = texts.DATA / "reference" / "topolm"
-ANALYSES = ("activations", "topography", "contrasts", "localize", "figures", "ablate", "fetch")
+ANALYSES = ("activations", "topography", "contrasts", "localize", "figures", "ablate", "report", "fetch")
 
 
 def write_csv(path: Path, columns: str, rows: list[list[str]]) -> Path:
