@@ -3,7 +3,8 @@
     cfg = parse(TrainConfig, sys.argv[1:])      # [file.yaml] [--flag value] [--topo.weight 2.5]
 
 The YAML file is flattened into arguments placed before the user's, so tyro types and checks both and the
-command line wins. Neither this nor settings.py imports torch, so that `--help` and mistakes answer at once.
+command line wins. Neither this nor settings.py imports torch, so that `--help` and mistakes answer at once;
+and tyro only where a command line is read, as worker processes import this file for UserError alone.
 """
 
 import contextlib
@@ -17,9 +18,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
-
-import tyro
-import yaml
 
 Config = TypeVar("Config")
 
@@ -42,6 +40,8 @@ def parse(cls: type[Config], argv: list[str], *, prog: str | None = None) -> Con
     A class with positional fields (tyro.conf.Positional) takes no file. Prints the help and exits with code 0
     where `--help` is among the arguments.
     """
+    import tyro
+
     known = dict(flag_names(cls))
     positional = any(get_origin(f.type) is Annotated for f in known.values())
     groups: list[Given] = []
@@ -81,6 +81,8 @@ def is_flag(arg: str) -> bool:
 
 def explain(cls: type, groups: list[Given], known: dict[str, dataclasses.Field], before: list[str]) -> None:
     """Raise a UserError for the first flag that tyro does not take on its own."""
+    import tyro
+
     for where, arguments in groups:
         if not is_flag(arguments[0]):
             continue
@@ -137,10 +139,12 @@ def check_known(key: str, known: dict[str, dataclasses.Field], *, where: str) ->
 
 def yaml_arguments(path: Path, known: dict[str, dataclasses.Field]) -> list[Given]:
     """Flatten a YAML file into command-line arguments; nested mappings become dotted flags."""
+    import yaml
+
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"command line: {path} is not a .yaml file, and no flag stands before it")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=unique_key_loader())
     except FileNotFoundError:
         there = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(str(path), there, n=1)
@@ -205,21 +209,26 @@ def first_sentence(box: str) -> str:
     return " ".join(body) or "could not be understood; see --help"
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
+def unique_key_loader() -> type:
     """Safe YAML that refuses a key given twice."""
+    import yaml
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice[0]} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep=deep)
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+            twice = [key for key in keys if keys.count(key) > 1]
+            if twice:
+                where = node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]} is given twice", where)
+            return super().construct_mapping(node, deep=deep)
+
+    return UniqueKeyLoader
 
 
 def to_yaml(cfg: object) -> str:
     """The resolved settings as YAML that `parse` reads back."""
+    import yaml
+
     plain = dataclasses.asdict(cfg)
     return yaml.safe_dump(
         {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}, sort_keys=False

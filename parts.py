@@ -17,7 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,23 +327,33 @@ def assemble(pool: Executor, units: list[Unit], parts: Parts, name: str, shard_s
     ]
 
 
+def read_pieces(pieces: list[Piece]) -> Iterator[memoryview]:
+    """Bytes of the pieces; of the chunks that it yields, the last two are valid."""
+    buffers = itertools.cycle([memoryview(bytearray(COPY_BYTES)) for _ in range(2)])
+    for piece in pieces:
+        with open(piece.path, "rb", buffering=0) as part:
+            part.seek(2 * piece.start)
+            left = 2 * piece.n_tokens
+            while left:
+                buffer = next(buffers)
+                chunk = buffer[: part.readinto(buffer[:left])]
+                assert chunk, f"{piece.path} is shorter than its sidecar says"
+                yield chunk
+                left -= len(chunk)
+
+
 def make_shard(target: Path, pieces: list[Piece]) -> str:
-    """Copy the pieces into one shard; its SHA-256."""
+    """Copy the pieces into one shard, and hash it in a second thread; its SHA-256."""
     start = header(sum(piece.n_tokens for piece in pieces))
     temporary, sha256 = target.with_name(f"{target.name}.tmp"), hashlib.sha256(start)
-    buffer = memoryview(bytearray(COPY_BYTES))
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb") as file, ThreadPoolExecutor(1) as hasher:
         file.write(start)
-        for piece in pieces:
-            with open(piece.path, "rb", buffering=0) as part:
-                part.seek(2 * piece.start)
-                left = 2 * piece.n_tokens
-                while left:
-                    chunk = buffer[: part.readinto(buffer[:left])]
-                    assert chunk, f"{piece.path} is shorter than its sidecar says"
-                    sha256.update(chunk)
-                    file.write(chunk)
-                    left -= len(chunk)
+        hashed = None
+        for chunk in read_pieces(pieces):
+            file.write(chunk)
+            if hashed:
+                hashed.result()  # so the chunk before is free to be read into
+            hashed = hasher.submit(sha256.update, chunk)
     fsync(temporary)
     temporary.replace(target)
     return sha256.hexdigest()
