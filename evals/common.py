@@ -189,15 +189,15 @@ class Analysis(NamedTuple):
 
 
 def run_analyses(
-    name: str,
+    module: str,
     cls: type,
     argv: list[str],
     analyse: Callable[[Any, Subject], Analysis],
     table: Callable[[list[dict[str, Any]]], None],
 ) -> None:
     """The main of an analysis: for the model, then its control, analyse and save; print a table; draw."""
-    cfg = parse(cls, argv, prog=f"python -m evals.{name}")
-    folders = []
+    cfg = parse(cls, argv, prog=f"python -m evals.{module}")
+    name, folders = getattr(cfg, "result_name", module), []
     for source in [cfg.run] + [cfg.control] * (cfg.control is not None):
         subject = load_subject(cfg, source)
         save(name, subject, analyse(cfg, subject))
@@ -255,7 +255,11 @@ def read(folder: Path, name: str) -> dict[str, Any]:
         reason = "it is not there"
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = str(error)
-    raise UserError(f"{path} cannot be read ({reason}); make it with `python -m evals.{name}`")
+    raise UserError(f"{path} cannot be read ({reason}); {make(name)}")
+
+
+def make(name: str) -> str:
+    return f"make it with `python -m evals.{name.partition('-')[0]}`"
 
 
 def read_arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -266,7 +270,7 @@ def read_arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); make it with `python -m evals.{name}`") from None
+        raise UserError(f"{path} cannot be read ({error}); {make(name)}") from None
 
 
 def weights_sha256(folder: Path) -> str:

@@ -49,6 +49,11 @@ class ContrastsConfig(MapConfig):
         if len(self.conditions) not in (0, 2) or len(set(self.conditions)) < len(self.conditions):
             raise UserError(f"conditions = {' '.join(self.conditions)} must be two different ones")
 
+    @property
+    def result_name(self) -> str:
+        """contrasts; contrasts-mine for those of mine.csv, which leave the published ones alone."""
+        return f"contrasts-{Path(self.stimuli).stem}" if self.stimuli else "contrasts"
+
 
 class Contrast(NamedTuple):
     name: str

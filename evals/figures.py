@@ -65,7 +65,7 @@ def load(folder: Path, name: str) -> Result:
 
 def draw(name: str, folder: Path, control: Path | None = None) -> list[Path]:
     """Draw the figures of one analysis into its folder; beside the control's, if that is given."""
-    if name not in DRAWN:
+    if kind_of(name) not in DRAWN:
         return []
     need("matplotlib")
     import matplotlib
@@ -73,13 +73,18 @@ def draw(name: str, folder: Path, control: Path | None = None) -> list[Path]:
     results = [load(f, name) for f in (folder, control) if f is not None]
     paths = []
     with matplotlib.rc_context(STYLE):
-        for stem, figure in DRAWN[name](results):
+        for stem, figure in DRAWN[kind_of(name)](results):
             figure.draw_without_rendering()  # finds the layout, once for both files
             figure.set_layout_engine("none")
             for kind in ("png", "svg"):
                 paths.append(folder / f"{stem}.{kind}")
                 figure.savefig(paths[-1], dpi=160, metadata={"Date": None} if kind == "svg" else {})
     return paths
+
+
+def kind_of(name: str) -> str:
+    """contrasts for contrasts-mine, which are those of mine.csv."""
+    return name.partition("-")[0]
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -229,7 +234,7 @@ def standardised(maps: np.ndarray) -> np.ndarray:
 
 def draw_contrasts(found: Sequence[Result]) -> list[tuple[str, "Figure"]]:
     """Of each contrast the maps, raw and most smoothed; of all of them Moran's I."""
-    figures = []
+    figures, prefix = [], found[0].content["analysis"]
     for name, first in found[0].results["contrasts"].items():
         widths = sorted(first["moran"], key=float)
         rows = [
@@ -243,8 +248,8 @@ def draw_contrasts(found: Sequence[Result]) -> list[tuple[str, "Figure"]]:
             for r in found
         ]
         title = f"{first['what']}; outlined: significant (FDR over all units)"
-        figures.append((f"contrasts-{name}-maps", draw_maps(rows, title, "t (Welch)")))
-    return [*figures, ("contrasts-moran", draw_moran_of_contrasts(found))]
+        figures.append((f"{prefix}-{name}-maps", draw_maps(rows, title, "t (Welch)")))
+    return [*figures, (f"{prefix}-moran", draw_moran_of_contrasts(found))]
 
 
 def draw_moran_of_contrasts(found: Sequence[Result]) -> "Figure":
@@ -344,7 +349,7 @@ def main(argv: list[str]) -> None:
     cfg = parse(FiguresConfig, argv, prog="python -m evals.figures")
     folder = Path(cfg.results_dir) if cfg.results_dir else results_folder(cfg.run)
     control = results_folder(cfg.control) if cfg.control else None
-    there = [name for name in DRAWN if (folder / f"{name}.json").is_file()]
+    there = [path.stem for path in sorted(folder.glob("*.json")) if kind_of(path.stem) in DRAWN]
     if not there:
         raise UserError(
             f"{folder} holds no results to draw; make some, such as `python -m evals.topography {cfg.run}`"

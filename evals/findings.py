@@ -165,8 +165,9 @@ def contrasts(contents: Contents, folder: Path) -> Html:
         ),
         table(head, rows),
     ]
-    drawn = pictures(folder, "contrasts")
-    maps = {name: drawn.pop(f"contrasts-{name}-maps", None) for name in contents[0]["results"]["contrasts"]}
+    analysis = contents[0]["analysis"]
+    drawn = pictures(folder, analysis)
+    maps = {name: drawn.pop(f"{analysis}-{name}-maps", None) for name in contents[0]["results"]["contrasts"]}
     parts.append(figures(drawn.values()))
     for i, (name, path) in enumerate(maps.items()):
         if path is not None:
@@ -305,7 +306,7 @@ def lesion_row(found: dict[str, Any], lesion: dict[str, Any]) -> list[Any]:
             3,
             "" if spread is None else f" &plusmn; {spread:.3f}",
         ),
-        *(number(lesion["conditions"][c] - none["conditions"][c]) for c in found["what"].split(" - ")),
+        *(number(lesion["conditions"][c] - none["conditions"][c]) for c in found["conditions"]),
         number(lesion["contrast"]["significant_percent"], 1, " %"),
     ]
 
@@ -332,7 +333,7 @@ CAPTIONS = {  # pattern of the file's name -> what it shows
         "is positive), raw and with the widest readout. Outlined: significant at the false discovery rate "
         f"over all units of all sheets. {MAPS}"
     ),
-    "contrasts-moran": (
+    "contrasts*-moran": (
         "Moran's I of the t-maps of every contrast (dimensionless), by readout: a line is a sheet, a dot the "
         f"mean over sheets, an open diamond a published mean. {BAND}"
     ),
@@ -355,7 +356,9 @@ CAPTIONS = {  # pattern of the file's name -> what it shows
 def pictures(folder: Path, analysis: str) -> dict[str, Path]:
     """The figures of an analysis that are as new as its results, by name, maps first."""
     written = (folder / f"{analysis}.json").stat().st_mtime
+    others = tuple(f"{path.stem}-" for path in folder.glob(f"{analysis}-*.json"))  # of the user's own stimuli
     paths = [path for path in folder.glob(f"{analysis}*.png") if path.stat().st_mtime >= written]
+    paths = [path for path in paths if not path.stem.startswith(others)]
     return {p.stem: p for p in sorted(paths, key=lambda path: (not path.stem.endswith("-maps"), path.stem))}
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from config import UserError, check_at_least, parse, run_main
-from evals import overview, page, reader
+from evals import figures, overview, page, reader
 from evals.common import EvalConfig, Subject, load_subject, read, save, say, weights_sha256
 from evals.findings import FINDINGS
 from evals.overview import Model, Section
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
         Model(source, subject, weights_sha256(subject.checkpoint))
         for source, subject in zip(sources, subjects, strict=True)
     ]
-    found = {name: section_of(cfg, name, models) for name in ANALYSES}
+    own = sorted(path.stem for path in subjects[0].results.glob("contrasts-*.json"))  # of the user's stimuli
+    found = {name: section_of(cfg, name, models) for name in [*ANALYSES, *own]}
     path = subjects[0].results / "report.html"
     write_text(path, html_of(cfg, models, found, texts))
     say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -97,8 +98,6 @@ def section_of(cfg: ReportConfig, name: str, models: Sequence[Model]) -> Section
             if not contents:
                 break
     if contents and cfg.figures:
-        from evals import figures
-
         try:
             figures.draw(name, *(model.subject.results for model in models[: len(contents)]))
         except UserError as error:
@@ -116,6 +115,10 @@ def make_current(cfg: ReportConfig, name: str, model: Model) -> list[str]:
     command = f"python -m evals.{name} {shlex.quote(model.source)}"
     if name == "ablate" and not cfg.ablate:
         raise UserError(f"The report runs no lesions unless told so ({reason}); `{command}` or --ablate does")
+    if name not in ANALYSES:
+        raise UserError(
+            f"{reason}; make them again: `python -m evals.contrasts {model.source} --stimuli FILE`"
+        )
     module, config = ANALYSES[name]
     module = importlib.import_module(module)
     try:
@@ -155,11 +158,13 @@ def html_of(
         "ANALYSES": join(
             page.section(
                 name,
-                title,
-                page.notes(found[name].missing),
-                tables(found[name].contents, models[0].subject.results) if found[name].contents else "",
+                title_of(name),
+                page.notes(section.missing),
+                FINDINGS[figures.kind_of(name)][1](section.contents, models[0].subject.results)
+                if section.contents
+                else "",
             )
-            for name, (title, tables) in FINDINGS.items()
+            for name, section in found.items()
         ),
         "READER_NOTE": page.notes([f"No held-out text to read: {texts.missing}"] if texts.missing else []),
         "READER_DATA": reader_data(cfg, [model.subject for model in models], texts),
@@ -167,6 +172,11 @@ def html_of(
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"<!-- ([A-Z_]+) -->", lambda match: parts[match[1]], template)  # one pass: never refilled
+
+
+def title_of(name: str) -> str:
+    kind, _, own = name.partition("-")
+    return f"{FINDINGS[kind][0]}: {own}" if own else FINDINGS[kind][0]
 
 
 def reader_data(cfg: ReportConfig, subjects: Sequence[Subject], texts: reader.Texts) -> Html:
@@ -178,9 +188,12 @@ def reader_data(cfg: ReportConfig, subjects: Sequence[Subject], texts: reader.Te
 def commands(cfg: ReportConfig, found: dict[str, Section]) -> list[str]:
     """Command lines that make the results and the page again."""
     models = shlex.quote(cfg.run) + (f" --control {shlex.quote(cfg.control)}" if cfg.control else "")
-    return [
-        f"python -m evals.{name} {models}" for name in [*(n for n in found if found[n].contents), "report"]
-    ]
+    lines = []
+    for name in (n for n in found if found[n].contents):
+        own = found[name].contents[0]["protocol"]["stimuli"] if name not in ANALYSES else None
+        of_own = f" --stimuli {shlex.quote(own)}" if own else ""
+        lines.append(f"python -m evals.{figures.kind_of(name)} {models}{of_own}")
+    return [*lines, f"python -m evals.report {models}"]
 
 
 if __name__ == "__main__":

@@ -349,9 +349,9 @@ def test_a_contrast_of_the_users_own(runs, tmp_path, capsys):
     path = write_csv(tmp_path / "mine.csv", "word,kind", rows)
     given = [str(runs[0]), "--stimuli", str(path), "--item", "word", "--condition", "kind"]
     contrasts.main([*given, "--results_dir", str(tmp_path / "res"), "--permutations", "19", "--fwhm_mm", "0"])
-    content = read(tmp_path / "res", "contrasts")
+    content = read(tmp_path / "res", "contrasts-mine")
     assert list(content["results"]["contrasts"]) == ["b_a"]  # as they come
-    t = read_arrays(tmp_path / "res", "contrasts")["t.b_a.0.0"]
+    t = read_arrays(tmp_path / "res", "contrasts-mine")["t.b_a.0.0"]
     subject = load_subject(ContrastsConfig(run=str(runs[0])), str(runs[0]))
     words = texts.load()
     x = activations.of_tokens(subject.model, [words.encode(w).astype(np.int64) for w, _ in rows])
@@ -359,6 +359,8 @@ def test_a_contrast_of_the_users_own(runs, tmp_path, capsys):
     expected = stats.ttest_ind(grids[:, :2], grids[:, 2:], axis=1, equal_var=False).statistic
     np.testing.assert_allclose(t, expected, rtol=1e-3)
     assert content["results"]["contrasts"]["b_a"]["published"] is None
+    drawn = {path.stem for path in (tmp_path / "res").glob("*.png")}
+    assert drawn == {"contrasts-mine-b_a-maps", "contrasts-mine-moran"}
 
 
 # ---- localiser -----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from test_export import make_run
 import tokenizer
 import topo
 from config import UserError, parse
-from evals import overview, page, reader, report
+from evals import contrasts, overview, page, reader, report
 from evals.common import read
 from evals.report import ReportConfig
 from train import train
@@ -240,6 +240,18 @@ def test_missing_stimuli_are_a_line_and_stale_results_are_not_shown(alone, tmp_p
     (alone / "evals" / "contrasts.json").write_text(json.dumps(content))
     found = section("contrasts", alone, "--stimuli_dir", tmp_path / "none")
     assert found.contents == [] and "python -m evals.fetch" in found.missing[0]
+
+
+def test_contrasts_of_the_users_own_stand_beside_the_published_ones(alone, stimuli, tmp_path):
+    path = tmp_path / "music.csv"
+    path.write_text("item,condition\na song,music\nthe drum,music\na word,speech\nto say,speech\n")
+    contrasts.main([str(alone), "--stimuli", str(path), "--permutations", "19", "--device", "cpu"])
+    report.main(arguments([alone], "--stimuli_dir", stimuli))
+    written = (alone / "evals" / "report.html").read_text(encoding="utf-8")
+    theirs, ours = (section_of(written, name) for name in ("contrasts", "contrasts-music"))
+    assert "music - speech (2 and 2 items)" in ours and ours.count("<img") == 2
+    assert "music" not in theirs and theirs.count("<img") == 6
+    assert f"--stimuli {path}" in section_of(written, "provenance")
 
 
 def test_lesions_are_made_only_when_asked_for(alone, stimuli):
