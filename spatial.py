@@ -82,7 +82,7 @@ class NeighbourhoodLoss(torch.autograd.Function):
     The loss depends on the activations through Gram matrices alone, so its gradient is known at the end of
     the forward pass: dL/dX = X M. A few neighbourhoods gather their columns of X and take a Gram matrix each
     (U x U); where that would be more columns than X has, all read one Gram matrix of the whole sheet (C x C)
-    instead. On a CPU the gradient of gathered columns is added up column by column, elsewhere by one product
+    instead. On a CPU the gradient of gathered columns is added up token by token, elsewhere by one product
     with a matrix that is mostly zeros: more arithmetic, but no atomic additions, so the same result every
     time. Statistics are fp32 or wider, also under autocast.
     """
@@ -122,10 +122,10 @@ class NeighbourhoodLoss(torch.autograd.Function):
         m = grad * m
         if m.dim() == 2:
             return (columns @ m).to(ctx.dtype), None, None, None
-        each = columns.view(-1, *units.shape).transpose(0, 1)
+        each = zip(columns.split(units.shape[1], 1), m, strict=True)
+        d = torch.cat([of_neighbourhood @ one for of_neighbourhood, one in each], 1)  # (N, R)
         dx = torch.zeros(ctx.shape, dtype=m.dtype, device=m.device)
-        for one, d in zip(units, torch.bmm(each, m), strict=True):  # (U,), (N, U)
-            dx.index_add_(1, one, d)
+        dx.scatter_add_(1, units.flatten().expand(len(d), -1), d)
         return dx.to(ctx.dtype), None, None, None
 
 

@@ -71,6 +71,7 @@ MEASURES = {
         "Touching units more than one standard deviation above their sheet's mean, the largest such patch "
         "of a token's map. Compare with the floor.",
     ),
+    "mean_cluster": ("mean cluster (units)", "The same, the mean over a map's patches."),
 }
 
 

@@ -186,8 +186,15 @@ def clusters(chosen: np.ndarray, smallest: int = 1) -> list[np.ndarray]:
     return sorted((m for m in found if m.sum() >= smallest), key=lambda m: -int(m.sum()))
 
 
-def largest_clusters(chosen: np.ndarray) -> np.ndarray:
-    """Size of the largest cluster of each of many maps, (..., h, w) -> (...)."""
+class ClusterSizes(NamedTuple):
+    """Of each map, in units; 0 where it has none."""
+
+    largest: np.ndarray
+    mean: np.ndarray
+
+
+def cluster_sizes(chosen: np.ndarray) -> ClusterSizes:
+    """Sizes of the clusters of many maps, (..., h, w) -> (...)."""
     from scipy import ndimage
 
     alone = np.zeros((3, 3, 3), int)
@@ -196,7 +203,10 @@ def largest_clusters(chosen: np.ndarray) -> np.ndarray:
     labels, n = ndimage.label(flat, structure=alone)
     sizes = np.bincount(labels.ravel(), minlength=n + 1)
     sizes[0] = 0
-    return sizes[labels].max(axis=(-2, -1)).reshape(chosen.shape[:-2])
+    largest = sizes[labels].max(axis=(-2, -1))
+    n_clusters = np.diff(np.maximum.accumulate(labels.max(axis=(-2, -1))), prepend=0)  # labels count upwards
+    mean = flat.sum(axis=(-2, -1)) / np.maximum(n_clusters, 1)
+    return ClusterSizes(largest.reshape(chosen.shape[:-2]), mean.reshape(chosen.shape[:-2]))
 
 
 # ---- curves over distance ------------------------------------------------------------------------

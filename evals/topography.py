@@ -123,10 +123,13 @@ def analyse(cfg: TopographyConfig, subject: Subject) -> Analysis:
         "wiring_length": averaged(
             {sheet: measures.wiring_length(r, h, w) for sheet, r in correlation.items()}, 1.0
         ),
-        "largest_cluster": averaged(
-            {sheet: mean_largest_cluster(grids) for sheet, grids in by_sheet.items()},
-            mean_largest_cluster(noise),
-        ),
+        **{
+            f"{kind}_cluster": averaged(
+                {sheet: cluster_size(grids, kind) for sheet, grids in by_sheet.items()},
+                cluster_size(noise, kind),
+            )
+            for kind in ("largest", "mean")
+        },
         "correlation_by_distance": {
             "distance": distance,
             "mean": np.mean([c.value for c in curves.values()], axis=0),
@@ -148,6 +151,7 @@ PROTOCOL = {
     "smoothness_tdann": f"TDANN's (max - first) / max, 20 bins; mean over {N_TDANN} single-token maps",
     "wiring_length": "mean distance to the 20 most correlated units / mean distance; 1: no map",
     "largest_cluster": "units in the largest cluster above one standard deviation, mean over maps",
+    "mean_cluster": "the same for the mean size of its clusters",
 }
 
 
@@ -191,9 +195,10 @@ def mean_smoothness(grids: np.ndarray) -> float:
     return float(np.mean([measures.smoothness_tdann(grids[i]) for i in chosen]))
 
 
-def mean_largest_cluster(grids: np.ndarray) -> float:
+def cluster_size(grids: np.ndarray, kind: Literal["largest", "mean"]) -> float:
     centred = grids - grids.mean(axis=(-2, -1), keepdims=True)
-    return float(measures.largest_clusters(centred > grids.std(axis=(-2, -1), keepdims=True)).mean())
+    sizes = measures.cluster_sizes(centred > grids.std(axis=(-2, -1), keepdims=True))
+    return float(getattr(sizes, kind).mean())
 
 
 def words_of(subject: Subject, tokens: list[int], vocab_dir: str | None) -> list[str]:
@@ -212,6 +217,7 @@ MEASURES = {
     "smoothness_tdann": "smoothness (TDANN)",
     "wiring_length": "wiring length",
     "largest_cluster": "largest cluster (units)",
+    "mean_cluster": "mean cluster (units)",
 }
 
 

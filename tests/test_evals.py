@@ -237,7 +237,7 @@ def test_a_planted_map_is_found(analysed):
             topography.spatial_losses(subject, {"sheet": covariance})["sheet"],
             topography.measures.smoothness_correlation(curve),
             topography.measures.wiring_length(r, h, w),
-            topography.mean_largest_cluster(samples),
+            topography.cluster_size(samples, "largest"),
         )
 
     loss, smoothness, wiring, cluster = measured(smooth)

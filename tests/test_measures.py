@@ -414,14 +414,15 @@ def test_clusters_touch_along_sides_not_corners_or_around_the_edge():
 
 @few
 @given(seeds, st.floats(0, 1))
-def test_largest_clusters_are_those_of_each_map_alone(seed, density):
+def test_cluster_sizes_are_those_of_each_map_alone(seed, density):
     chosen = np.random.default_rng(seed).random((2, 3, 7, 5)) < density
-    found = measures.largest_clusters(chosen)
-    assert found.shape == (2, 3)
+    found = measures.cluster_sizes(chosen)
+    assert found.largest.shape == found.mean.shape == (2, 3)
     for i, j in np.ndindex(2, 3):
         sizes = [m.sum() for m in measures.clusters(chosen[i, j])]
-        assert found[i, j] == max(sizes, default=0)
-    assert measures.largest_clusters(chosen[0, 0]) == found[0, 0]
+        assert found.largest[i, j] == max(sizes, default=0)
+        assert found.mean[i, j] == pytest.approx(np.mean(sizes) if sizes else 0)
+    assert measures.cluster_sizes(chosen[0, 0]).largest == found.largest[0, 0]
 
 
 # ---- curves over distance ------------------------------------------------------------------------

@@ -4,9 +4,10 @@ import sys
 import types
 from pathlib import Path
 
-import maps
 import pytest
 import tiny
+
+import maps
 import train
 
 
@@ -30,7 +31,7 @@ class FakeRun:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A module wandb whose init returns the FakeRun; Image remembers the path of its file, which must exist."""
+    """A module wandb whose init returns the FakeRun; Image remembers the path and content of its file."""
 
     def make(fails_at: int | None = None) -> FakeRun:
         module, run = types.ModuleType("wandb"), FakeRun(fails_at)
