@@ -89,9 +89,7 @@ def report(
     picture = run / "maps" / f"step-{state.step:06d}.png"
     maps.save_arrays(picture.with_suffix(".npz"), grids)
     try:
-        maps.draw(
-            picture, [("", grids)], f"{cfg.run_name}, step {state.step:,}: one token on every sheet"
-        )
+        maps.draw(picture, [("", grids)], f"{cfg.run_name}, step {state.step:,}: one token on every sheet")
         log.picture("val/sheets", picture, state.step)
     except ModuleNotFoundError as error:
         log.say_once(f"no pictures of the sheets: {error.name} is not installed (pip install matplotlib)")

@@ -56,7 +56,7 @@ class AblateConfig(PoolingConfig):
     stimuli: str | None = None  # CSV with the columns item and condition; None: the language localiser
     conditions: tuple[str, str] = ("S", "N")  # of the contrast, first - second; selective: t is large
     text: str | None = None  # file of held-out text; None: the validation shards of the run
-    n_tokens: int = 65_536  # of the held-out text that are predicted, the first ones
+    n_tokens: int = 16_384  # of the held-out text that are predicted, the first ones
     random_draws: int = 3  # lesions of as many random units, to compare with; a disc's are on its sheet
     alpha: float = 0.05  # level of the false discovery rate over all units that are left
     seed: int = 0  # of the random units
