@@ -7,7 +7,7 @@ evals/activations.safetensors then holds, for every sheet, `layer.3.mlp` (items,
 on the grid, `positions.layer.3.mlp` (units, 2); activations.json lists items and conditions in their order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,7 +96,16 @@ def of_tokens(
             named = model(tokens.to(model.device), activations=True, last_only=True).activations
             for sheet, x in named.items():
                 found[sheet][batch] = torch.einsum("bt,btc->bc", weight, x.float()).cpu().numpy()
+    check_finite(found)
     return found
+
+
+def check_finite(found: Mapping[str, np.ndarray]) -> None:
+    for sheet, x in found.items():
+        if not np.isfinite(x).all():
+            raise UserError(
+                f"the activations of {sheet} are not finite; the run diverged: use another --checkpoint"
+            )
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -92,7 +92,7 @@ class Subject(NamedTuple):
     positions: dict[str, np.ndarray]  # sheet -> (n_units, 2)
     results: Path  # folder
     checkpoint: Path  # folder of its weights
-    settings: dict[str, Any] | None  # of the run it comes from
+    settings: dict[str, Any] | None  # of the run it comes from, where that is known
 
     @property
     def sheets(self) -> list[str]:
@@ -113,9 +113,7 @@ def load_subject(cfg: EvalConfig, source: str) -> Subject:
 
     loaded = load_model(source, cfg.checkpoint, pick_device(cfg.device))
     positions = loaded.positions or positions_for(cfg, source, loaded.model)
-    state, settings = loaded.folder / "state.json", None
-    if state.is_file():
-        settings = json.loads(state.read_text(encoding="utf-8"))["config"]
+    settings = settings_of(loaded.folder)
     results = Path(cfg.results_dir) if cfg.results_dir else results_folder(source)
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -123,6 +121,16 @@ def load_subject(cfg: EvalConfig, source: str) -> Subject:
         raise UserError(f"{results} cannot be made: {error.strerror}; choose another --results_dir") from None
     label = settings["run_name"] if settings else source.rstrip("/")
     return Subject(label, loaded.model, positions, results, loaded.folder, settings)
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Settings of the run that a checkpoint or an exported folder comes from, where it says."""
+    import yaml
+
+    state, exported = folder / "state.json", folder / "training_config.yaml"
+    if state.is_file():
+        return json.loads(state.read_text(encoding="utf-8"))["config"]
+    return yaml.safe_load(exported.read_text(encoding="utf-8")) if exported.is_file() else None
 
 
 def results_folder(source: str) -> Path:

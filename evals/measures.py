@@ -81,7 +81,7 @@ class Moran(NamedTuple):
     p: float  # of the units shuffled over the grid: share of permutations that reach the value
     floor: float  # mean of smoothed white noise
     floor_sd: float
-    p_floor: float  # share of smoothed white-noise maps that reach the value
+    p_floor: float  # share of smoothed white-noise maps that reach the value; takes units for independent
 
 
 class Edges(NamedTuple):

@@ -61,7 +61,9 @@ def head(models: Sequence[Model], found: dict[str, Section]) -> Html:
             if sheets["loss"] == "none"
             else f"; spatial loss {sheets['loss']} of weight {sheets['weight']:g}"
         )
-        text += f"; checkpoint of step {step_of(subject):,}" + (f", after {n:,} training tokens" if n else "")
+        step = step_of(subject)
+        text += f"; checkpoint of step {step:,}" if step is not None else ""
+        text += f", after {n:,} training tokens" if n else ""
     beside = [tag("p", "Control: ", tag("b", m.subject.label), cls="lead") for m in models[1:]]
     return join(
         [

@@ -15,6 +15,7 @@ import numpy as np
 import topo
 from config import UserError, check_at_least, run_main
 from evals import heldout, measures
+from evals.activations import check_finite
 from evals.common import (
     Analysis,
     EvalConfig,
@@ -89,6 +90,7 @@ def collect(subject: Subject, windows: np.ndarray, n_maps: int) -> Statistics:
         sheet: (products[sheet] - torch.outer(sums[sheet], sums[sheet]) / windows.size).numpy()
         for sheet in order
     }
+    check_finite(covariance)
     grids = np.stack([np.concatenate(found).reshape(-1, *subject.grid) for found in maps.values()])
     return Statistics(covariance, grids, windows.flatten()[at].tolist())
 

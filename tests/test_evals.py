@@ -464,3 +464,23 @@ def test_results_of_another_format_are_not_read(tmp_path):
         read(tmp_path, "localize")
     with pytest.raises(UserError, match="holds no results to draw"):
         figures.main([str(tmp_path)])
+
+
+def test_a_diverged_model_is_one_line():
+    subject = some_subject()
+    subject.model.transformer.h[1].mlp.c_proj.weight.data[3, 2] = torch.inf
+    with pytest.raises(UserError, match="layer.1.mlp are not finite.*--checkpoint"):
+        activations.of_tokens(subject.model, [np.array([1, 2])])
+    with pytest.raises(UserError, match="layer.1.mlp are not finite"):
+        topography.collect(subject, np.zeros((1, 8), np.int64), 1)
+
+
+def test_an_exported_folder_knows_its_radius_and_its_text(runs, analysed):
+    """As its run does: the spatial loss and the held-out text are the same without more being said."""
+    topography.main([str(runs[0] / "hf"), "--permutations", "49", "--no_figures"])
+    ours, theirs = (read(place, "topography") for place in (runs[0] / "evals", runs[0] / "hf" / "evals"))
+    assert theirs["results"]["spatial_loss"]["mean"] == pytest.approx(
+        ours["results"]["spatial_loss"]["mean"], abs=1e-4
+    )
+    assert theirs["data_sha256"] == ours["data_sha256"]
+    assert theirs["model"]["label"] == ours["model"]["label"] == "topographic"
