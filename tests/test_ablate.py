@@ -438,6 +438,7 @@ def test_by_default_the_language_localiser_is_read(out, tmp_path, capsys):
 
 def test_an_exported_folder_with_a_text_of_its_own(out, tmp_path):
     folder = export.export(out / "control", out=tmp_path / "hf")
+    (folder / "training_config.yaml").unlink()  # as in a model of somebody else's
     argv = [str(folder), "--no_figures", "--device", "cpu", "--stimuli", str(out / "items.csv")]
     with pytest.raises(UserError, match="is no run, so it has no held-out text.*--text FILE.txt"):
         ablate.main(argv)
