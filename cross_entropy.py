@@ -23,19 +23,20 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
-        return LinearCrossEntropy.apply(x, weight, targets)
+        return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradient is known at the end of the forward pass; the backward pass only scales it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool) -> Tensor:
+        """grad_enabled: as the caller has it; in here it is off, and needs_input_grad does not tell."""
         wide = torch.promote_types(x.dtype, torch.float32)
         w = weight.to(x.dtype)
         counts = targets != -1
         share = counts.to(wide) / counts.sum().clamp_min(1)  # of each token in the mean
-        want_grad = any(ctx.needs_input_grad)
+        want_grad = grad_enabled and any(ctx.needs_input_grad)
         loss, dx = torch.zeros((), dtype=wide, device=x.device), []
         dw = torch.zeros(weight.shape if want_grad else (0,), dtype=wide, device=x.device)
         chunk = max(1, CHUNK_ELEMENTS.get(x.device.type, 1 << 24) // len(w))
@@ -56,6 +57,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dw = ctx.saved_tensors
-        return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), None
+        return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), None, None

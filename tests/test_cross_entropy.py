@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import cross_entropy
 from cross_entropy import linear_cross_entropy
@@ -85,3 +86,16 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(a, b)
     a.backward(), b.backward()
     torch.testing.assert_close([x.grad, w.grad], [x2.grad, w2.grad])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_there_is_one_product(mode):
+    """Evaluation does not pay for gradients, though the weight, a parameter, requires them."""
+    x, weight = torch.randn(10, 8), torch.nn.Parameter(torch.randn(30, 8))
+    targets = torch.randint(0, 30, (10,))
+    with FlopCounterMode(display=False) as counted:
+        training = linear_cross_entropy(x.requires_grad_(), weight, targets)
+    assert counted.get_total_flops() > 2 * 10 * 8 * 30
+    with FlopCounterMode(display=False) as counted, mode():
+        assert linear_cross_entropy(x, weight, targets) == training
+    assert counted.get_total_flops() == 2 * 10 * 8 * 30
