@@ -34,6 +34,7 @@ from evals.common import (
     run_analyses,
     say,
 )
+from evals.measures import most_selective
 from evals.stimuli import Stimuli
 
 if TYPE_CHECKING:
@@ -124,20 +125,11 @@ def lesions_of(cfg: AblateConfig, subject: Subject, t: np.ndarray) -> list[Lesio
     return [Lesion(f"{k} most selective", most_selective(t, k), np.ones(t.shape, bool)) for k in sizes]
 
 
-def most_selective(t: np.ndarray, k: int) -> np.ndarray:
-    """The k units of largest t over all sheets, (S, n_units) bool; the first ones where t is the same."""
-    return chosen(t.shape, np.argsort(-t, axis=None, kind="stable")[:k])
-
-
 def random_units(among: np.ndarray, k: int, seed: int, draw: int) -> np.ndarray:
     """k random units among some, (S, n_units) bool; a draw's smaller lesions lie within its larger ones."""
     candidates = np.flatnonzero(among)
-    return chosen(among.shape, candidates[rng.permutation(len(candidates), seed, "lesion", draw)[:k]])
-
-
-def chosen(shape: tuple[int, ...], places: np.ndarray) -> np.ndarray:
-    mask = np.zeros(shape, bool)
-    mask.flat[places] = True
+    mask = np.zeros(among.shape, bool)
+    mask.flat[candidates[rng.permutation(len(candidates), seed, "lesion", draw)[:k]]] = True
     return mask
 
 

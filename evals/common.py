@@ -46,6 +46,11 @@ class EvalConfig:
         if self.control is not None and self.results_dir is not None:
             raise UserError("results_dir has no effect with control, as each model has a folder of its own")
 
+    @property
+    def sources(self) -> list[str]:
+        """The model, and its control if there is one."""
+        return [self.run] if self.control is None else [self.run, self.control]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingConfig(EvalConfig):
@@ -56,29 +61,34 @@ class PoolingConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapConfig(PoolingConfig):
-    """How maps are smoothed and tested."""
+class MoranConfig(EvalConfig):
+    """How maps are smoothed, and their Moran's I is tested."""
 
     fwhm_mm: tuple[float, ...] = (0.0, 1.0, 2.0)  # of the Gaussian readout: 2 is TopoLM's "smoothed", 0 none
     unit_distance_mm: float = 1.0  # between neighbours on the grid
     contiguity: Literal["queen", "rook"] = "queen"  # which cells are neighbours in Moran's I
     permutations: int = 999  # of Moran's I, and maps of white noise for its floor
-    alpha: float = 0.05  # level of the false discovery rate over all units of all sheets
     seed: int = 0  # of permutations, noise and splits
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_map_settings(self)
+        if not self.fwhm_mm or min(self.fwhm_mm) < 0 or len(set(self.fwhm_mm)) < len(self.fwhm_mm):
+            raise UserError(f"fwhm_mm = {list(self.fwhm_mm)} must be different widths of at least 0")
+        check_at_least("permutations", self.permutations, 1)
+        if not 0 < self.unit_distance_mm < float("inf"):
+            raise UserError(f"unit_distance_mm = {self.unit_distance_mm} must be above 0")
 
 
-def check_map_settings(cfg: Any) -> None:
-    if not cfg.fwhm_mm or min(cfg.fwhm_mm) < 0 or len(set(cfg.fwhm_mm)) < len(cfg.fwhm_mm):
-        raise UserError(f"fwhm_mm = {list(cfg.fwhm_mm)} must be different widths of at least 0")
-    check_at_least("permutations", cfg.permutations, 1)
-    if not 0 < cfg.unit_distance_mm < float("inf"):
-        raise UserError(f"unit_distance_mm = {cfg.unit_distance_mm} must be above 0")
-    if hasattr(cfg, "alpha") and not 0 < cfg.alpha < 1:
-        raise UserError(f"alpha = {cfg.alpha} must be between 0 and 1")
+@dataclass(frozen=True, kw_only=True)
+class MapConfig(PoolingConfig, MoranConfig):
+    """How maps of contrasts between items are made and tested."""
+
+    alpha: float = 0.05  # level of the false discovery rate over all units of all sheets
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.alpha < 1:
+            raise UserError(f"alpha = {self.alpha} must be between 0 and 1")
 
 
 # ---- the model that is looked at -----------------------------------------------------------------
@@ -163,11 +173,10 @@ def positions_for(cfg: EvalConfig, source: str, model: "GPT") -> dict[str, np.nd
     return positions
 
 
-def moran_of_sheets(cfg: Any, subject: Subject, maps: np.ndarray, fwhm_mm: float) -> dict[str, Any]:
+def moran_of_sheets(cfg: MoranConfig, subject: Subject, maps: np.ndarray, fwhm_mm: float) -> dict[str, Any]:
     """Moran's I of every sheet, beside its floor.
 
     Args:
-        cfg: a MapConfig, or another with its settings of Moran's I.
         maps: (S, h, w), or (S, n, h, w) for the mean over n maps; smoothed at fwhm_mm.
     """
     from evals import measures
@@ -206,7 +215,7 @@ def run_analyses(
     """The main of an analysis: for the model, then its control, analyse and save; print a table; draw."""
     cfg = parse(cls, argv, prog=f"python -m evals.{module}")
     name, folders = getattr(cfg, "result_name", module), []
-    for source in [cfg.run] + [cfg.control] * (cfg.control is not None):
+    for source in cfg.sources:
         subject = load_subject(cfg, source)
         save(name, subject, analyse(cfg, subject))
         folders.append(subject.results)

@@ -80,7 +80,7 @@ PUBLISHED = {
     "moseley_noun-verb": Published(0.7834, 0.8943, 0.1156, 0.6032),
     "hauptman_verb-noun": Published(0.4815, 0.8149, 0.1146, 0.6043),
 }
-FWHM_OF = {"unsmoothed": "1.0", "smoothed": "2.0"}
+SMOOTHED = {"1.0": "unsmoothed", "2.0": "smoothed"}  # FWHM in mm -> TopoLM's word for it
 
 
 def published_contrasts(folder: Path) -> list[Contrast]:
@@ -172,7 +172,7 @@ def table(contents: list[dict[str, Any]]) -> None:
     for name, first in contents[0]["results"]["contrasts"].items():
         both = [c["results"]["contrasts"][name] for c in contents]
         for fwhm, moran in first["moran"].items():
-            kind = next((k for k, width in FWHM_OF.items() if width == fwhm), None)
+            kind = SMOOTHED.get(fwhm)
             published = first["published"] and kind
             rows.append(
                 [

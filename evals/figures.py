@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from config import UserError, parse, run_main
 from evals.common import need, read, read_arrays, results_folder, say
+from evals.contrasts import SMOOTHED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,9 +193,6 @@ def legend(figure: "Figure", axes: Sequence[Any]) -> None:
     """One legend for all axes, each label once."""
     found = {h.get_label(): h for axis in axes for h in axis.get_legend_handles_labels()[0]}
     figure.legend(found.values(), found, loc="outside right upper")
-
-
-SMOOTHED = {"1.0": "unsmoothed", "2.0": "smoothed"}  # TopoLM's words
 
 
 def draw_topography(found: Sequence[Result]) -> list[tuple[str, "Figure"]]:

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from evals.contrasts import FWHM_OF
+from evals.contrasts import SMOOTHED
 from evals.page import Html, folded, join, models_head, number, paragraph, picture, swatch, table, tag
 
 Contents = Sequence[dict[str, Any]]
@@ -137,18 +137,17 @@ def by_sheet(contents: Contents) -> Html:
 
 def contrasts(contents: Contents, folder: Path) -> Html:
     rows: list[list[Any]] = []
-    kinds = {fwhm: kind for kind, fwhm in FWHM_OF.items()}
     for name, first in contents[0]["results"]["contrasts"].items():
         both = [c["results"]["contrasts"].get(name) for c in contents]
         rows.append([f"{first['what']} ({first['n'][0]} and {first['n'][1]} items)"])
         for fwhm, moran in first["moran"].items():
-            published = (first["published"] or {}) if fwhm in kinds else {}
+            published = first["published"] or {}
             rows.append(
                 [
                     smoothing(fwhm),
                     *(number(c and c["moran"][fwhm]["mean"]) for c in both),
                     number(moran["floor"]),
-                    *(number(published.get(f"{who}_{kinds.get(fwhm)}")) for who in ("topo", "control")),
+                    *(number(published.get(f"{who}_{SMOOTHED.get(fwhm)}")) for who in ("topo", "control")),
                     *(number(c and c["significant_percent"][fwhm], 1, " %") for c in both),
                 ]
             )

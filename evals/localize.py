@@ -117,10 +117,7 @@ def chosen(cfg: LocalizeConfig, found: TMaps) -> np.ndarray:
     """The network, (S, h, w) bool: significant units for which sentences win, or the top share of all."""
     if cfg.top_percent is None:
         return found.significant & (found.t > 0)
-    n = max(1, round(found.t.size * cfg.top_percent / 100))
-    mask = np.zeros(found.t.size, bool)
-    mask[np.argsort(-found.t, axis=None, kind="stable")[:n]] = True
-    return mask.reshape(found.t.shape)
+    return measures.most_selective(found.t, max(1, round(found.t.size * cfg.top_percent / 100)))
 
 
 def held_out(cfg: LocalizeConfig, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:

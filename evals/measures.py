@@ -71,6 +71,13 @@ def fdr(p: np.ndarray) -> np.ndarray:
     return stats.false_discovery_control(p.ravel(), method="bh").reshape(p.shape)
 
 
+def most_selective(t: np.ndarray, k: int) -> np.ndarray:
+    """The k units of largest t over all of them, a mask of t's shape; the first ones where t is the same."""
+    mask = np.zeros(t.shape, bool)
+    mask.flat[np.argsort(-t, axis=None, kind="stable")[:k]] = True
+    return mask
+
+
 # ---- Moran's I -----------------------------------------------------------------------------------
 
 

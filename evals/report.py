@@ -57,13 +57,12 @@ class ReportConfig(EvalConfig):
 
 def main(argv: list[str]) -> None:
     cfg = parse(ReportConfig, argv, prog="python -m evals.report")
-    sources = [cfg.run] + [cfg.control] * (cfg.control is not None)
-    subjects = [load_subject(cfg, source) for source in sources]
+    subjects = [load_subject(cfg, source) for source in cfg.sources]
     check_matched(subjects)
     texts = reader.choose_texts(subjects, cfg.texts, cfg.budget, cfg.vocab_dir)
     models = [
         Model(source, subject, weights_sha256(subject.checkpoint))
-        for source, subject in zip(sources, subjects, strict=True)
+        for source, subject in zip(cfg.sources, subjects, strict=True)
     ]
     own = sorted(path.stem for path in subjects[0].results.glob("contrasts-*.json"))  # of the user's stimuli
     found = {name: section_of(cfg, name, models) for name in [*ANALYSES, *own]}

@@ -18,9 +18,8 @@ from evals import heldout, measures
 from evals.activations import check_finite
 from evals.common import (
     Analysis,
-    EvalConfig,
+    MoranConfig,
     Subject,
-    check_map_settings,
     moran_of_sheets,
     need,
     print_table,
@@ -35,21 +34,15 @@ N_TDANN = 16  # maps whose smoothness is averaged: each takes a curve over all p
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopographyConfig(EvalConfig):
+class TopographyConfig(MoranConfig):
     """Measure how map-like each sheet is on held-out text: python -m evals.topography RUN [--control RUN]."""
 
     text: str | None = None  # held-out text: a .txt file or shards; None: the run's validation shards
     n_tokens: int = 8192  # of the text
     n_maps: int = 64  # tokens, evenly spaced over the text, whose maps are looked at
-    fwhm_mm: tuple[float, ...] = (0.0, 1.0, 2.0)  # of the Gaussian readout: 2 is TopoLM's "smoothed", 0 none
-    unit_distance_mm: float = 1.0  # between neighbours on the grid
-    contiguity: Literal["queen", "rook"] = "queen"  # which cells are neighbours in Moran's I
-    permutations: int = 999  # of Moran's I, and maps of white noise for the floors
-    seed: int = 0  # of permutations and noise
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_map_settings(self)
         check_at_least("n_tokens", self.n_tokens, 2)
         check_at_least("n_maps", self.n_maps, 1)
 
