@@ -103,6 +103,7 @@ class Subject(NamedTuple):
     results: Path  # folder
     checkpoint: Path  # folder of its weights
     settings: dict[str, Any] | None  # of the run it comes from, where that is known
+    weights_sha256: str
 
     @property
     def sheets(self) -> list[str]:
@@ -130,7 +131,8 @@ def load_subject(cfg: EvalConfig, source: str) -> Subject:
     except OSError as error:
         raise UserError(f"{results} cannot be made: {error.strerror}; choose another --results_dir") from None
     label = settings["run_name"] if settings else source.rstrip("/")
-    return Subject(label, loaded.model, positions, results, loaded.folder, settings)
+    sha256 = hash_of_weights(loaded.folder)
+    return Subject(label, loaded.model, positions, results, loaded.folder, settings, sha256)
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
@@ -243,7 +245,7 @@ def save(name: str, subject: Subject, analysis: Analysis) -> None:
         "model": {
             "label": subject.label,
             "checkpoint": subject.checkpoint.name,
-            "weights_sha256": weights_sha256(subject.checkpoint),
+            "weights_sha256": subject.weights_sha256,
             "spatial_loss": subject.settings["topo"]["loss"] if subject.settings else None,
             "sheets": subject.sheets,
             "grid": list(subject.grid),
@@ -290,13 +292,12 @@ def read_arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read ({error}); {make(name)}") from None
 
 
-def weights_sha256(folder: Path) -> str:
+def hash_of_weights(folder: Path) -> str:
     """SHA-256 of the weights of a checkpoint or an exported folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

@@ -24,7 +24,6 @@ class Model(NamedTuple):
 
     source: str  # as it was named
     subject: Subject
-    sha256: str  # of its weights
 
 
 class Section(NamedTuple):
@@ -199,7 +198,7 @@ def facts(model: Model) -> dict[str, Any]:
     return {
         "given as": tag("code", model.source),
         "checkpoint": tag("code", model.subject.checkpoint),
-        "weights, SHA-256": tag("code", model.sha256),
+        "weights, SHA-256": tag("code", model.subject.weights_sha256),
         "training text": join([shards["train_data_dir"], " ", tag("code", data.get("train_data_dir", ""))]),
         "validation text": join([shards["val_data_dir"], " ", tag("code", data.get("val_data_dir", ""))]),
         "trained with": tag("code", " ".join(start["command"])) if start else "",

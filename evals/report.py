@@ -17,7 +17,7 @@ from pathlib import Path
 
 from config import UserError, check_at_least, parse, run_main
 from evals import figures, overview, page, reader
-from evals.common import EvalConfig, Subject, load_subject, read, save, say, weights_sha256
+from evals.common import EvalConfig, Subject, load_subject, read, save, say
 from evals.findings import FINDINGS
 from evals.overview import Model, Section
 from evals.page import Html, join, shown
@@ -60,10 +60,7 @@ def main(argv: list[str]) -> None:
     subjects = [load_subject(cfg, source) for source in cfg.sources]
     check_matched(subjects)
     texts = reader.choose_texts(subjects, cfg.texts, cfg.budget, cfg.vocab_dir)
-    models = [
-        Model(source, subject, weights_sha256(subject.checkpoint))
-        for source, subject in zip(cfg.sources, subjects, strict=True)
-    ]
+    models = [Model(*pair) for pair in zip(cfg.sources, subjects, strict=True)]
     own = sorted(path.stem for path in subjects[0].results.glob("contrasts-*.json"))  # of the user's stimuli
     found = {name: section_of(cfg, name, models) for name in [*ANALYSES, *own]}
     path = subjects[0].results / "report.html"
@@ -137,7 +134,7 @@ def why_run(cfg: ReportConfig, name: str, model: Model) -> str | None:
         content = read(model.subject.results, name)
     except UserError as error:
         return str(error)
-    if content["model"]["weights_sha256"] != model.sha256:
+    if content["model"]["weights_sha256"] != model.subject.weights_sha256:
         return f"the results were of other weights ({content['model']['checkpoint']})"
     if content["protocol"].get("positions") != cfg.positions:
         return f"the results were of other positions ({content['protocol'].get('positions')})"

@@ -98,7 +98,7 @@ def some_subject(n_layer: int = 2, n_embd: int = 36, **model) -> Subject:
         **{"n_layer": n_layer, "n_head": 2, "n_embd": n_embd, "block_size": 32, "vocab_size": 64} | model
     )
     positions = {s: topo.positions("permuted", n_embd, 0, s) for s in sheet_names(n_layer)}
-    return Subject("random", GPT(cfg).eval(), positions, Path(), Path(), None)
+    return Subject("random", GPT(cfg).eval(), positions, Path(), Path(), None, "")
 
 
 # ---- the whole way -------------------------------------------------------------------------------

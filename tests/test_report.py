@@ -194,7 +194,7 @@ def test_provenance_says_what_repeats_the_report(written, runs):
 def section(name: str, run: Path, *more: object) -> overview.Section:
     cfg = parse(ReportConfig, arguments([run], "--no_figures", *more))
     subject = report.load_subject(cfg, str(run))
-    model = report.Model(str(run), subject, report.weights_sha256(subject.checkpoint))
+    model = report.Model(str(run), subject)
     return report.section_of(cfg, name, [model])
 
 
