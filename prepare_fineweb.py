@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import hub_sources
-import tokenizer
-from config import UserError, check_at_least, parse, run_main
-from parts import (
+from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.runs.folder import write_text
+from topogpt.text import hub_sources, tokenizer
+from topogpt.text.parts import (
     FORMAT,
     SPLITS,
     Counts,
@@ -42,9 +42,8 @@ from parts import (
     work,
     worker_pool,
 )
-from runfolder import write_text
-from shards import HEADER_BYTES
-from sources import Files, PythonDocs, Unit, read_json
+from topogpt.text.shards import HEADER_BYTES
+from topogpt.text.sources import Files, PythonDocs, Unit, read_json
 
 SPLIT_RULE = (
     "a document is in val where the first 8 bytes of blake2b of its id (its text, where it has none), as a "

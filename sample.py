@@ -8,7 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from config import UserError, check_at_least, parse, run_main
+from topogpt.config import UserError, check_at_least, parse, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> None:
     cfg = parse(SampleConfig, argv, prog="sample.py")
     import torch  # takes seconds: only once the command line is understood
 
-    import tokenizer
-    from distributed import pick_device
-    from hf_import import load_model
+    from topogpt.distributed import pick_device
+    from topogpt.sharing.load import load_model
+    from topogpt.text import tokenizer
 
     device = pick_device(cfg.device)
     model = load_model(cfg.run, cfg.checkpoint, device).model

@@ -1,9 +1,9 @@
 """Dependencies of TopoGPT: pip install -e ".[all]" -c constraints.txt (its versions are the tested ones).
 
-The scripts run from the checkout; installing brings what they need and no module of ours.
+The scripts run from the checkout; what they share is the package topogpt, importable from anywhere.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EXTRAS = {
     "data": ["datasets>=4,<6"],  # prepare_fineweb.py --dataset
@@ -21,7 +21,7 @@ setup(
     description="Pretrain GPTs whose units lie on a 2-D sheet",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=[],
+    packages=find_packages(include=["topogpt*"]),
     install_requires=[
         "torch>=2.11,<3",
         "numpy<3",

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 from tyro.conf import Positional
 
-from config import UserError, parse, run_main
-from runfolder import read_metrics
+from topogpt.config import UserError, parse, run_main
+from topogpt.runs.folder import read_metrics
 
 FIGURES = {
     "cross_entropy": "cross-entropy (nats)",
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 def draw_before_and_after(run: Path, name: str, first: int, last: int) -> Path | str:
     """Draw the maps of two steps side by side; return the picture's path."""
-    import maps  # imports torch
+    from topogpt.training import maps  # imports torch
 
     columns = [
         (f"step {step:,}: ", maps.load_arrays(run / "maps" / f"step-{step:06d}.npz"))

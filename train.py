@@ -9,9 +9,9 @@ All settings are in settings.py and in --help; what lies in the folder of a run,
 
 import sys
 
-import preflight
-from config import UserError, parse, to_yaml, user_errors
-from settings import TrainConfig
+from topogpt.config import UserError, parse, to_yaml, user_errors
+from topogpt.settings import TrainConfig
+from topogpt.training import preflight
 
 if __name__ == "__main__":  # answer --help and mistakes at once: importing torch takes seconds
     with user_errors():
@@ -32,25 +32,23 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import distributed
-import export
-import hf_import
-import hub
-import provenance
-import rng
-import runfolder
-from data import TokenLoader
-from distributed import Ranks
-from interrupt import StopSignals
-from model import GPT, sheet_names
-from objective import Objective
-from optim import build_optimizer, lr_at
-from progress import Clock, introduce, log_step, say_goodbye
-from runfolder import TrainState
-from runlog import RunLog
-from spatial import TopoLMLoss, sheet_positions, weight_at
-from validation import evaluate, report
+from topogpt import distributed, rng
+from topogpt.distributed import Ranks
+from topogpt.model.gpt import GPT, sheet_names
+from topogpt.runs import checkpoint, provenance
+from topogpt.runs import folder as runfolder
+from topogpt.runs.folder import TrainState
+from topogpt.sharing import export
+from topogpt.sharing import load as hf_import
+from topogpt.sharing import push as hub
+from topogpt.spatial.topolm import TopoLMLoss, sheet_positions, weight_at
+from topogpt.text.loader import TokenLoader
+from topogpt.training.interrupt import StopSignals
+from topogpt.training.log import RunLog
+from topogpt.training.objective import Objective
+from topogpt.training.optim import build_optimizer, lr_at
+from topogpt.training.progress import Clock, introduce, log_step, say_goodbye
+from topogpt.training.validation import evaluate, report
 
 
 def train(cfg: TrainConfig) -> TrainState:

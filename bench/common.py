@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data import Corpus
-from shards import HEADER_BYTES, Shard, header
+from topogpt.text.loader import Corpus
+from topogpt.text.shards import HEADER_BYTES, Shard, header
 
 if TYPE_CHECKING:  # --help and mistakes answer at once
     import torch

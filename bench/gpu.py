@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bench.common import Report, device_label, random_corpus
-from config import check_at_least, parse, run_main
-from settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
+from topogpt.config import check_at_least, parse, run_main
+from topogpt.settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
 
 Section = Literal[
     "ceiling", "step", "checks", "syncs", "profile", "spatial", "cross_entropy", "attention", "optimizer",
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench import gpu_kernels, gpu_steps
-    from distributed import pick_device
+    from topogpt.distributed import pick_device
 
     device = torch.device(pick_device(cfg.device))
     report = Report(as_json=cfg.json, device=device_label(device))
@@ -121,7 +121,7 @@ class Bench:
 
     def steps(self, train: TrainConfig | None = None) -> Iterator:
         """Micro-batches of each step of a run, from train.py's loader."""
-        from data import TokenLoader, open_corpus
+        from topogpt.text.loader import TokenLoader, open_corpus
 
         train = train or self.train
         vocab, block = train.model.vocab_size, train.model.block_size

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cross_entropy as ours
 from bench.common import interleaved, matmul_precision, relative_error
 from bench.variants import (
     CANDIDATES,
@@ -21,10 +20,11 @@ from bench.variants import (
     gradients,
     spatial_errors,
 )
-from distributed import Ranks
-from model import GPT, Attention, sheet_names
-from optim import build_optimizer
-from spatial import TopoLMLoss, sheet_positions
+from topogpt.distributed import Ranks
+from topogpt.model import cross_entropy as ours
+from topogpt.model.gpt import GPT, Attention, sheet_names
+from topogpt.spatial.topolm import TopoLMLoss, sheet_positions
+from topogpt.training.optim import build_optimizer
 
 if TYPE_CHECKING:
     from bench.gpu import Bench

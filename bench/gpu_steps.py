@@ -11,7 +11,7 @@ from bench.common import interleaved, matmul_precision, milliseconds, relative_e
 from bench.gpu_kernels import BF16, peak_of
 from bench.training import SETUPS, Setup
 from bench.variants import CANDIDATES
-from distributed import Ranks
+from topogpt.distributed import Ranks
 
 if TYPE_CHECKING:
     from bench.gpu import Bench

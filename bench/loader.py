@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from bench.common import Report, device_label, random_corpus, summary, synchronize
-from config import UserError, check_at_least, parse, run_main
-from data import Corpus, TokenLoader, open_corpus
-from shards import Shard
+from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.text.loader import Corpus, TokenLoader, open_corpus
+from topogpt.text.shards import Shard
 
 LEAST = 1e-3  # ms: a shorter wait is not told from none
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     cfg = parse(LoaderConfig, argv, prog="python -m bench.loader")
     import torch
 
-    from distributed import pick_device
+    from topogpt.distributed import pick_device
 
     device = torch.device(pick_device(cfg.device))
     torch.zeros(1, device=device)  # start the device before the clock

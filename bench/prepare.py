@@ -24,10 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-import sources
-import tokenizer
 from bench.common import Report, summary
-from config import UserError, check_at_least, parse, run_main
+from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.text import sources, tokenizer
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_SECONDS = 0.1  # between two readings of the memory

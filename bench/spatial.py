@@ -12,8 +12,8 @@ from functools import partial
 from typing import Literal
 
 from bench.common import Report, device_label, interleaved, matmul_precision
-from config import UserError, check_at_least, parse, run_main
-from settings import TopoConfig
+from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.settings import TopoConfig
 
 # |out - ref| / |ref| of losses and gradients, without TF32: the rounding of the dtype
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench.variants import LoopLoss, draw_activations, gradients, spatial_errors
-    from distributed import keep_freed_memory, pick_device
-    from spatial import TopoLMLoss, sheet_positions
+    from topogpt.distributed import keep_freed_memory, pick_device
+    from topogpt.spatial.topolm import TopoLMLoss, sheet_positions
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.common import Marks, Report, device_label, milliseconds, random_corpus, summary
-from config import UserError, check_at_least, parse, run_main
-from settings import TrainConfig
+from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.settings import TrainConfig
 
 if TYPE_CHECKING:
     import torch
 
     from bench.training import Trainer
-    from data import MicroBatch
+    from topogpt.text.loader import MicroBatch
 
 NAMES = ("topographic", "control", "usual eager loop")
 PARTS = ("data", "forward", "spatial", "backward", "optimiser")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench.training import SETUPS, Trainer
-    from distributed import Ranks, keep_freed_memory, pick_device
+    from topogpt.distributed import Ranks, keep_freed_memory, pick_device
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -131,7 +131,7 @@ def say_share(report: Report, times: dict[str, list[float]], compiled: bool) -> 
 @contextlib.contextmanager
 def data(cfg: StepConfig, device: "torch.device") -> Iterator[Iterator[list["MicroBatch"]]]:
     """Micro-batches of each step, through the loader of train.py."""
-    from data import TokenLoader, open_corpus
+    from topogpt.text.loader import TokenLoader, open_corpus
 
     with contextlib.ExitStack() as stack:
         if cfg.train_data_dir:

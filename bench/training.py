@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import rng
 from bench.variants import CandidateLoss, How, LoopLoss, pad_heads
-from data import MicroBatch
-from model import GPT, sheet_names
-from optim import build_optimizer
-from settings import TrainConfig
-from spatial import TopoLMLoss, sheet_positions, weight_at
+from topogpt import rng
+from topogpt.model.gpt import GPT, sheet_names
+from topogpt.settings import TrainConfig
+from topogpt.spatial.topolm import TopoLMLoss, sheet_positions, weight_at
+from topogpt.text.loader import MicroBatch
+from topogpt.training.optim import build_optimizer
 
 Mark = Callable[[str], object]
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION]  # pinned as in train.py: another kernel is an error

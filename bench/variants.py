@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import topo
 from bench.common import relative_error
-from model import Attention
-from settings import TopoConfig
-from spatial import TopoLMLoss, correlation_loss
+from topogpt import topo
+from topogpt.model.gpt import Attention
+from topogpt.settings import TopoConfig
+from topogpt.spatial.topolm import TopoLMLoss, correlation_loss
 
 # ---- the usual spatial loss ----------------------------------------------------------------------
 

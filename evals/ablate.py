@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-import rng
-from config import UserError, check_at_least, run_main
 from evals import heldout, measures, stimuli
 from evals.activations import batches, of_tokens, token_lists
 from evals.common import (
@@ -36,11 +34,13 @@ from evals.common import (
 )
 from evals.measures import most_selective
 from evals.stimuli import Stimuli
+from topogpt import rng
+from topogpt.config import UserError, check_at_least, run_main
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model import GPT
+    from topogpt.model.gpt import GPT
 
 UNITS = (1, 28, 196, 784, 1568, 3136)  # sizes of lesions, of those that TopoLM made
 
@@ -240,7 +240,7 @@ class Bench(NamedTuple):
 
 
 def bench_of(cfg: AblateConfig, subject: Subject, found: Stimuli, rows: list[np.ndarray]) -> Bench:
-    import tokenizer
+    from topogpt.text import tokenizer
 
     items = token_lists(cfg, subject, found)
     eot = np.array([tokenizer.EOT])

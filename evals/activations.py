@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from config import UserError, run_main
 from evals import stimuli
 from evals.common import Analysis, PoolingConfig, Subject, print_table, progress, protocol_of, run_analyses
 from evals.stimuli import Stimuli
+from topogpt.config import UserError, run_main
 
 if TYPE_CHECKING:
-    from model import GPT
+    from topogpt.model.gpt import GPT
 
 TOKENS_PER_BATCH = 4096  # padding counted in
 
@@ -46,7 +46,7 @@ def of_stimuli(cfg: PoolingConfig, subject: Subject, found: Stimuli) -> dict[str
 
 
 def token_lists(cfg: PoolingConfig, subject: Subject, found: Stimuli) -> list[np.ndarray]:
-    import tokenizer
+    from topogpt.text import tokenizer
 
     words, block_size = tokenizer.load(cfg.vocab_dir), subject.model.cfg.block_size
     if subject.model.cfg.vocab_size < words.n_vocab:
@@ -75,7 +75,7 @@ def of_tokens(
     """
     import torch
 
-    from model import sheet_names
+    from topogpt.model.gpt import sheet_names
 
     found = {
         sheet: np.empty((len(lists), model.cfg.n_embd), np.float32)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from tyro.conf import Positional
 
-import topo
-from config import UserError, check_at_least, parse
-from runfolder import write_bytes, write_text
+from topogpt import topo
+from topogpt.config import UserError, check_at_least, parse
+from topogpt.runs.folder import write_bytes, write_text
 
 if TYPE_CHECKING:  # --help and mistakes answer at once
-    from model import GPT
+    from topogpt.model.gpt import GPT
 
 FORMAT = "topogpt-eval-1"
 
@@ -119,8 +119,8 @@ class Subject(NamedTuple):
 
 
 def load_subject(cfg: EvalConfig, source: str) -> Subject:
-    from distributed import pick_device
-    from hf_import import load_model
+    from topogpt.distributed import pick_device
+    from topogpt.sharing.load import load_model
 
     loaded = load_model(source, cfg.checkpoint, pick_device(cfg.device))
     positions = loaded.positions or positions_for(cfg, source, loaded.model)
@@ -153,7 +153,7 @@ def results_folder(source: str) -> Path:
 
 def positions_for(cfg: EvalConfig, source: str, model: "GPT") -> dict[str, np.ndarray]:
     """Positions of a model that has none, as --positions says."""
-    from model import sheet_names
+    from topogpt.model.gpt import sheet_names
 
     sheets, n_units = sheet_names(model.cfg.n_layer), model.cfg.n_embd
     if cfg.positions is None:
@@ -234,7 +234,7 @@ def save(name: str, subject: Subject, analysis: Analysis) -> None:
     """Write NAME.safetensors and NAME.json, each whole or not at all; the JSON last, as it speaks of both."""
     from safetensors.numpy import save as as_bytes
 
-    import provenance
+    from topogpt.runs import provenance
 
     arrays = {key: np.ascontiguousarray(a) for key, a in analysis.arrays.items()}
     write_bytes(subject.results / f"{name}.safetensors", as_bytes(arrays, metadata={"format": FORMAT}))

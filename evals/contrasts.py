@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import UserError, run_main
 from evals import activations, measures, stimuli
 from evals.common import (
     Analysis,
@@ -29,6 +28,7 @@ from evals.common import (
     say,
 )
 from evals.stimuli import Stimuli
+from topogpt.config import UserError, run_main
 
 
 @dataclass(frozen=True, kw_only=True)

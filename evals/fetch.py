@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError, parse, run_main
 from evals.common import say
+from topogpt.config import UserError, parse, run_main
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 TRIES, WAIT_SECONDS = 4, 1.0  # of each address; the wait before the second, doubled before each further one

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tyro.conf import Positional
 
-from config import UserError, parse, run_main
 from evals.common import need, read, read_arrays, results_folder, say
 from evals.contrasts import SMOOTHED
+from topogpt.config import UserError, parse, run_main
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
 from evals.common import Subject
 from evals.stimuli import sha256
+from topogpt.config import UserError
 
 
 class HeldOut(NamedTuple):
@@ -39,7 +39,7 @@ def read(subject: Subject, text: str | None, n_tokens: int, vocab_dir: str | Non
 
 
 def text_file(path: Path, vocab_dir: str | None) -> tuple[np.ndarray, str, str]:
-    import tokenizer
+    from topogpt.text import tokenizer
 
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -49,7 +49,7 @@ def text_file(path: Path, vocab_dir: str | None) -> tuple[np.ndarray, str, str]:
 
 
 def shards(subject: Subject, text: str | None, n_tokens: int) -> tuple[np.ndarray, str, str]:
-    from data import open_corpus
+    from topogpt.text.loader import open_corpus
 
     if text is None and subject.settings is None:
         raise UserError(

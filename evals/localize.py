@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-import rng
-from config import UserError, check_at_least, run_main
 from evals import activations, measures, stimuli
 from evals.common import (
     Analysis,
@@ -30,6 +28,8 @@ from evals.common import (
     run_analyses,
 )
 from evals.contrasts import TMaps, t_maps
+from topogpt import rng
+from topogpt.config import UserError, check_at_least, run_main
 
 PROFILE = "SWJN"
 

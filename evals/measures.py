@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-import rng
-import topo
+from topogpt import rng, topo
 
 Contiguity = Literal["queen", "rook"]
 

@@ -15,8 +15,8 @@ from evals import page
 from evals.common import Subject
 from evals.findings import smoothing
 from evals.page import Card, Html, Level, Line, join, number, paragraph, tag
-from runfolder import read_metrics
-from tokenizer import N_VOCAB
+from topogpt.runs.folder import read_metrics
+from topogpt.text.tokenizer import N_VOCAB
 
 
 class Model(NamedTuple):

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import topo
-from config import UserError
 from evals import heldout
 from evals.common import Subject, progress
+from topogpt import topo
+from topogpt.config import UserError
 
 SENTENCES = (
     "In the cortex, neurons that answer to the same things lie side by side, and so a map of the world "
@@ -60,7 +60,7 @@ def choose_texts(
     subjects: Sequence[Subject], files: Sequence[str], budget: Budget, vocab_dir: str | None
 ) -> Texts:
     """Texts of the given files, or else of the first model's held-out shards, and our sentences."""
-    import tokenizer
+    from topogpt.text import tokenizer
 
     cfg = subjects[0].model.cfg
     words = cfg.vocab_size >= tokenizer.N_VOCAB
@@ -97,7 +97,7 @@ def read_file(path: Path, vocab_dir: str | None) -> Passage:
 
 def held_out(subject: Subject, n_tokens: int, longest: int, words: bool) -> list[np.ndarray]:
     """Pieces of held-out documents, first pieces first, n_tokens in all."""
-    import tokenizer
+    from topogpt.text import tokenizer
 
     if subject.settings is None:
         raise UserError(
@@ -125,7 +125,7 @@ def held_out(subject: Subject, n_tokens: int, longest: int, words: bool) -> list
 
 def words_of(tokens: Iterable[int], words: bool, vocab_dir: str | None) -> list[str]:
     """Each token's text; a character that takes several tokens appears at the last of them."""
-    import tokenizer
+    from topogpt.text import tokenizer
 
     if not words:
         return [f" {token}" for token in tokens]
@@ -144,7 +144,7 @@ def activations(subject: Subject, tokens: np.ndarray, words: bool) -> Any:
     """Of every unit at every token: (n, S h w) float32 tensor, sheet by sheet in the order of the grid."""
     import torch
 
-    import tokenizer
+    from topogpt.text import tokenizer
 
     lead = [tokenizer.EOT] * words
     device = subject.model.device

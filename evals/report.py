@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from config import UserError, check_at_least, parse, run_main
 from evals import figures, overview, page, reader
 from evals.common import EvalConfig, Subject, load_subject, read, save, say
 from evals.findings import FINDINGS
 from evals.overview import Model, Section
 from evals.page import Html, join, shown
-from runfolder import write_text
+from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.runs.folder import write_text
 
 ANALYSES = {  # module and settings
     "topography": ("evals.topography", "TopographyConfig"),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
+from topogpt.config import UserError
 
 REMEDY = "`python -m evals.fetch` fetches the public stimuli; give their folder as --stimuli_dir"
 LOCALIZER_WORDS = [f"stim{i}" for i in range(2, 14)]  # the twelve words of an item of the localiser

@@ -12,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-import topo
-from config import UserError, check_at_least, run_main
 from evals import heldout, measures
 from evals.activations import check_finite
 from evals.common import (
@@ -28,6 +26,8 @@ from evals.common import (
     run_analyses,
     say,
 )
+from topogpt import topo
+from topogpt.config import UserError, check_at_least, run_main
 
 TOKENS_PER_BATCH = 2048
 N_TDANN = 16  # maps whose smoothness is averaged: each takes a curve over all pairs of units
@@ -166,8 +166,8 @@ def spatial_losses(subject: Subject, covariance: Mapping[str, np.ndarray]) -> di
     """TopoLM's loss of each sheet over all its neighbourhoods, with the run's radius and distance."""
     import torch
 
-    from settings import TopoConfig
-    from spatial import correlation_loss, standardised_pairs
+    from topogpt.settings import TopoConfig
+    from topogpt.spatial.topolm import correlation_loss, standardised_pairs
 
     said = (subject.settings or {}).get("topo", {})
     cfg = TopoConfig(**{f.name: said[f.name] for f in fields(TopoConfig) if f.name in said})
@@ -198,7 +198,7 @@ def cluster_size(grids: np.ndarray, kind: Literal["largest", "mean"]) -> float:
 
 def words_of(subject: Subject, tokens: list[int], vocab_dir: str | None) -> list[str]:
     """The tokens as text; as numbers where the model's tokens are not GPT-2's."""
-    import tokenizer
+    from topogpt.text import tokenizer
 
     if subject.model.cfg.vocab_size < tokenizer.N_VOCAB:
         return [str(token) for token in tokens]

@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import data
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from config import UserError, parse, user_errors
 from safetensors.numpy import load_file
 from test_export import make_run
 
-import data
 import export
-from config import UserError, parse, user_errors
 from evals import ablate, common, measures, stimuli
 from evals.ablate import AblateConfig
 from evals.stimuli import LOCALIZER_WORDS

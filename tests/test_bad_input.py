@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-
 from config import to_yaml
+
 from train import train
 
 OLD = "old"  # a run that exists

@@ -12,6 +12,10 @@ import sys
 import pytest
 import tiny
 import torch
+from config import UserError
+from data import MicroBatch
+from settings import GPTConfig, TopoConfig, TrainConfig
+from spatial import TopoLMLoss, sheet_positions
 
 import bench.gpu
 import bench.loader
@@ -20,10 +24,6 @@ import bench.step
 from bench.common import Report, interleaved
 from bench.training import SETUPS, Setup, Trainer
 from bench.variants import CANDIDATES, CandidateLoss, LoopLoss, draw_activations, spatial_errors
-from config import UserError
-from data import MicroBatch
-from settings import GPTConfig, TopoConfig, TrainConfig
-from spatial import TopoLMLoss, sheet_positions
 
 KEYS = {"name", "ours", "reference", "ratio", "unit", "device", "detail"}
 STEP = [

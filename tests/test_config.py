@@ -9,10 +9,9 @@ import pytest
 import tiny
 import torch
 import yaml as yaml_library
+from config import UserError, parse, to_yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from config import UserError, parse, to_yaml
 from settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
 
 CONFIGS = sorted((tiny.ROOT / "configs").glob("*.yaml"))

@@ -1,12 +1,11 @@
 """cross_entropy.py against torch's own. Run: pytest tests/test_cross_entropy.py"""
 
+import cross_entropy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
-
-import cross_entropy
 from cross_entropy import linear_cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def inputs(dtype=torch.float64, n=13, c=8, v=40):

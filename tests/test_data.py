@@ -10,16 +10,15 @@ import sys
 import threading
 from pathlib import Path
 
+import data
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import data
 import shards
+import torch
 from config import UserError
 from data import TokenLoader, fixed_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 ROOT = Path(data.__file__).parent
 VOCAB = 50304

@@ -10,14 +10,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import preflight
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
-
-import preflight
 from config import UserError
 from distributed import Ranks
+from safetensors.torch import load_file
+
 from train import train
 
 # A learning rate so large that validation gets worse and training stops early. Micro-batches are of two

@@ -12,11 +12,13 @@ import pytest
 import texts
 import tiny
 import torch
+from config import UserError
 from scipy import stats
+from settings import GPTConfig, TopoConfig
+from spatial import TopoLMLoss
 
 import topo
 import train
-from config import UserError
 from evals import activations, contrasts, figures, heldout, localize, topography
 from evals.common import Subject, load_subject, read, read_arrays
 from evals.contrasts import ContrastsConfig, t_maps
@@ -24,8 +26,6 @@ from evals.localize import LocalizeConfig
 from evals.stimuli import Stimuli
 from evals.topography import TopographyConfig
 from model import GPT, sheet_names
-from settings import GPTConfig, TopoConfig
-from spatial import TopoLMLoss
 
 REFERENCE = texts.DATA / "reference" / "topolm"
 ANALYSES = ("activations", "topography", "contrasts", "localize", "figures", "ablate", "report", "fetch")

@@ -13,26 +13,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import tiny
-import torch
-import yaml
-from safetensors.torch import load_file, save_file
-
 import checkpoint
-import export
 import hf_import
 import modelcard
+import numpy as np
 import proof
+import pytest
+import tiny
 import tokenizer
-import topo
+import torch
+import yaml
 from config import UserError
-from model import GPT, sheet_names
 from optim import build_optimizer
 from runfolder import TrainState
+from safetensors.torch import load_file, save_file
 from settings import GPTConfig
 from spatial import sheet_positions
+
+import export
+import topo
+from model import GPT, sheet_names
 
 transformers = pytest.importorskip("transformers", reason="exported folders are proved with transformers")
 

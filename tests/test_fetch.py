@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-
 from config import UserError, user_errors
+
 from evals import fetch, stimuli
 
 REAL = tiny.ROOT.parent / "shared" / "data" / "stimuli"

@@ -10,19 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import hf_import
+import hub
 import huggingface_hub
 import pytest
 import tiny
 import torch
+from config import UserError
 from fake_hub import TOKEN, FakeHub, Repo
 from huggingface_hub import constants
 from test_export import make_run
 
 import export
-import hf_import
-import hub
 import topo
-from config import UserError
 
 # The client uploads in a way that its own HTTP library has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

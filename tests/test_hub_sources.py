@@ -14,15 +14,15 @@ import threading
 import types
 from pathlib import Path
 
+import hub_sources
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import texts
+from config import UserError
 from texts import ROOT, arguments, bytes_of, check_against_naive, make_documents, run, write_parquet
 
-import hub_sources
 import prepare_fineweb
-from config import UserError
 
 
 @pytest.fixture(autouse=True)

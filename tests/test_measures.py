@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rng
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import make_moran
 
-import rng
 import topo
 from evals import measures
 

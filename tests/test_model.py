@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from settings import GPTConfig
 
 from model import GPT, sample_from, sheet_names
-from settings import GPTConfig
 
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out) by transformers

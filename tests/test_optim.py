@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-
-from model import GPT
 from optim import build_optimizer, lr_at
 from settings import GPTConfig, OptimConfig
+
+from model import GPT
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64)
 

@@ -11,8 +11,11 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import parts
 import pytest
+import sources
 import texts
+from config import UserError
 from texts import (
     ROOT,
     arguments,
@@ -24,10 +27,7 @@ from texts import (
     write_parquet,
 )
 
-import parts
 import prepare_fineweb
-import sources
-from config import UserError
 
 SMALL_UNITS = (
     "import sources, sys; sources.UNIT_BYTES = 20_000; import prepare_fineweb as p; p.run_main(p.main)"

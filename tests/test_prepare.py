@@ -15,7 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sources
 import texts
+import tokenizer
+from config import UserError
 from texts import (
     DATA,
     ROOT,
@@ -30,9 +33,6 @@ from texts import (
 )
 
 import prepare_fineweb
-import sources
-import tokenizer
-from config import UserError
 
 
 @pytest.fixture(autouse=True)

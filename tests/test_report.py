@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 import texts
 import tiny
+import tokenizer
 import torch
+from config import UserError, parse
 from test_evals import write_stimuli
 from test_export import make_run
 
-import tokenizer
 import topo
-from config import UserError, parse
 from evals import contrasts, overview, page, reader, report
 from evals.common import read
 from evals.report import ReportConfig

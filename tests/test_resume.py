@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from checkpoint import load_run
 from safetensors.torch import load_file
 
-from checkpoint import load_run
 from model import sheet_names
 from train import train
 

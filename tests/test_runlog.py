@@ -4,10 +4,10 @@ import sys
 import types
 from pathlib import Path
 
+import maps
 import pytest
 import tiny
 
-import maps
 import train
 
 

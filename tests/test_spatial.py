@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-
-import topo
 from settings import TopoConfig
 from spatial import TopoLMLoss, sheet_positions, weight_at
+
+import topo
 
 SHEETS = ["layer.0.attn", "layer.0.mlp"]
 N_UNITS = 100

@@ -5,18 +5,18 @@ pytest tests/test_start_and_publish.py
 
 import json
 
+import checkpoint
+import hub
 import numpy as np
 import pytest
 import tiny
 import torch
+from config import UserError
 from safetensors.torch import load_file
 
-import checkpoint
 import export
-import hub
 import topo
 import train as train_module
-from config import UserError
 from train import train
 
 FULL = {"model": {"vocab_size": 50304}, "max_steps": 2, "eval_every": 2, "val_tokens": 64}

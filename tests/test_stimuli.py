@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from config import UserError, user_errors
 from safetensors.numpy import load_file
 from test_export import make_run
 
 import export
 import topo
-from config import UserError, user_errors
 from evals import activations, stimuli
 
 transformers = pytest.importorskip("transformers")

@@ -5,12 +5,12 @@ pytest tests/test_summary.py
 
 import json
 
+import maps
 import pytest
 import tiny
-
-import maps
-import summary
 from config import UserError
+
+import summary
 from train import train
 
 DRAW = maps.draw  # as it is before a fixture of conftest.py takes it away

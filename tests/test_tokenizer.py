@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 import tokenizer
 from config import UserError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

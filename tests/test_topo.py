@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import rng
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rng
 import topo
 
 

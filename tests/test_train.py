@@ -10,20 +10,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import checkpoint
+import maps
 import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
-
-import checkpoint
-import maps
-import topo
-import train as train_module
 from checkpoint import load_run
 from config import UserError, parse
 from runfolder import TrainState
+from safetensors.torch import load_file
 from settings import TrainConfig
+
+import topo
+import train as train_module
 from train import train
 
 

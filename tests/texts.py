@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-import prepare_fineweb
 import sources
 import tokenizer
+
+import prepare_fineweb
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

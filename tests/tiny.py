@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from config import parse, user_errors
 from settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
 

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-
 import rng
 
 PERMUTATIONS = 999

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import rng
-import topo
-from settings import TopoConfig
+from topogpt import rng, topo
+from topogpt.settings import TopoConfig
 
 TINY = 1e-12  # variances below this count as zero: a unit without variance correlates with nothing
 

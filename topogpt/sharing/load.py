@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import topo
-from checkpoint import load_run, load_weights
-from config import UserError
-from model import GPT, sheet_names
-from settings import GPTConfig
+from topogpt import topo
+from topogpt.config import UserError
+from topogpt.model.gpt import GPT, sheet_names
+from topogpt.runs.checkpoint import load_run, load_weights
+from topogpt.settings import GPTConfig
 
 N_VOCAB = 50257  # GPT-2's tokens
 N_PADDED = GPTConfig().vocab_size  # rows of the embedding of ours: a multiple of 64

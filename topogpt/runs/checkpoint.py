@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import topo
-from config import UserError
-from model import GPT
-from runfolder import TrainState, complete, fsync, permit, point, read_state, step_folder
-from settings import GPTConfig
+from topogpt import topo
+from topogpt.config import UserError
+from topogpt.model.gpt import GPT
+from topogpt.runs.folder import TrainState, complete, fsync, permit, point, read_state, step_folder
+from topogpt.settings import GPTConfig
 
 POSITIONS = "positions."  # prefix of the positions among the tensors of model.safetensors
 

@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import sources
-from config import UserError
-from runfolder import fsync, write_text
-from sources import Unit, no_column, plan, read_json, slug
+from topogpt.config import UserError
+from topogpt.runs.folder import fsync, write_text
+from topogpt.text import sources
+from topogpt.text.sources import Unit, no_column, plan, read_json, slug
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 TOKENS_PER_BYTE = 0.3  # of FineWeb-Edu's parquet files, at least

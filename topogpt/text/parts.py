@@ -29,12 +29,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sources
-import tokenizer
-from config import UserError
-from runfolder import fsync, write_text
-from shards import header
-from sources import Unit, read_json
+from topogpt.config import UserError
+from topogpt.runs.folder import fsync, write_text
+from topogpt.text import sources, tokenizer
+from topogpt.text.shards import header
+from topogpt.text.sources import Unit, read_json
 
 FORMAT = "topogpt-1: llm.c shards (256 int32 header, uint16 tokens), EOT before every document"
 SPLITS = ("train", "val")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from settings import OptimConfig
+from topogpt.settings import OptimConfig
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from tyro.conf import Positional
 
-from config import UserError, parse, run_main
+from topogpt.config import UserError, parse, run_main
 
 Result = TypeVar("Result")
 Say = Callable[[str], Any]

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import topo
-from runfolder import read_metrics
+from topogpt import topo
+from topogpt.runs.folder import read_metrics
 
 # What is known about data sets: name on the Hub -> title, licence (the Hub's name for it), licence in words.
 LICENCES = {

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import GPT
-from spatial import TopoLMLoss
+from topogpt.model.gpt import GPT
+from topogpt.spatial.topolm import TopoLMLoss
 
 FLASH = [SDPBackend.FLASH_ATTENTION]
 ANY = [

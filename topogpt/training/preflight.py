@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError
-from data import Corpus, open_corpus
-from runfolder import newest, read_state
-from settings import TrainConfig
+from topogpt.config import UserError
+from topogpt.runs.folder import newest, read_state
+from topogpt.settings import TrainConfig
+from topogpt.text.loader import Corpus, open_corpus
 
 
 class Checked(NamedTuple):

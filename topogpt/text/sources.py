@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from config import UserError
-from runfolder import write_text
+from topogpt.config import UserError
+from topogpt.runs.folder import write_text
 
 UNIT_BYTES = (
     8 << 20

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from topogpt.config import UserError
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "state.json")
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import topo
-from config import UserError, check_at_least
+from topogpt import topo
+from topogpt.config import UserError, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import topo
-from model import GPT
+from topogpt import topo
+from topogpt.model.gpt import GPT
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from config import UserError
-from model import GPT
-from tokenizer import N_VOCAB, Tokenizer
+from topogpt.config import UserError
+from topogpt.model.gpt import GPT
+from topogpt.text.tokenizer import N_VOCAB, Tokenizer
 
 TOLERANCE = 1e-4  # largest difference of a logit from ours, in float32
 N_GREEDY = 24  # tokens of the greedy text that is compared

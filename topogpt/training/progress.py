@@ -3,14 +3,14 @@
 import time
 from pathlib import Path
 
-import preflight
-import topo
-from config import UserError
-from distributed import Ranks
-from model import GPT
-from runfolder import TrainState
-from runlog import RunLog, duration
-from settings import TrainConfig
+from topogpt import topo
+from topogpt.config import UserError
+from topogpt.distributed import Ranks
+from topogpt.model.gpt import GPT
+from topogpt.runs.folder import TrainState
+from topogpt.settings import TrainConfig
+from topogpt.training import preflight
+from topogpt.training.log import RunLog, duration
 
 
 def introduce(

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-import rng
-from config import UserError
-from shards import Shard, check_shards
+from topogpt import rng
+from topogpt.config import UserError
+from topogpt.text.shards import Shard, check_shards
 
 if (
     TYPE_CHECKING

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-import maps
-from data import Corpus, fixed_batches
-from distributed import Ranks
-from model import GPT
-from runfolder import TrainState
-from runlog import RunLog
-from settings import TrainConfig
-from spatial import TopoLMLoss, weight_at
+from topogpt.distributed import Ranks
+from topogpt.model.gpt import GPT
+from topogpt.runs.folder import TrainState
+from topogpt.settings import TrainConfig
+from topogpt.spatial.topolm import TopoLMLoss, weight_at
+from topogpt.text.loader import Corpus, fixed_batches
+from topogpt.training import maps
+from topogpt.training.log import RunLog
 
 N_MAPS = 64  # tokens of the first validation text whose maps are looked at
 VALIDATION = (

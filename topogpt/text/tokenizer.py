@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, run_main
+from topogpt.config import UserError, run_main
 
 EOT = 50256
 N_VOCAB = 50257

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runfolder import write_text
-from settings import TrainConfig
+from topogpt.runs.folder import write_text
+from topogpt.settings import TrainConfig
 
 
 def duration(seconds: float) -> str:

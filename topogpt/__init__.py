@@ -1,0 +1,1 @@
+"""TopoGPT: GPTs whose units lie on a two-dimensional sheet."""

@@ -1,0 +1,251 @@
+"""The GPT: GPT-2's architecture, by default without biases and at TopoLM's size.
+ `GPT(cfg)(tokens, targets) -> Output(logits, loss, activations)`. The model knows neither sheets nor spatial
+losses: it returns the named outputs of its branches, and the objective of train.py adds what it likes.
+Parameter names are GPT-2's, so a checkpoint maps onto `transformers.GPT2LMHeadModel` name by name.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topogpt.model.cross_entropy import linear_cross_entropy
+from topogpt.settings import GPTConfig
+
+__all__ = ["GPT", "GPTConfig", "Output", "sheet_names"]
+
+
+class Output(NamedTuple):
+    logits: Tensor | None  # (B, T, vocab_size); (B, 1, vocab_size) with last_only; None without keep_logits
+    loss: Tensor | None  # scalar: mean cross-entropy in nats over targets that are not -1
+    activations: dict[str, Tensor]  # "layer.3.attn", "layer.3.mlp" -> (B, T, n_embd); empty unless asked for
+
+
+def sheet_names(n_layer: int) -> list[str]:
+    """Names of the activations in forward order; one sheet each."""
+    return [f"layer.{i}.{branch}" for i in range(n_layer) for branch in ("attn", "mlp")]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.dropout = cfg.dropout
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.resid_dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        b, t, c = x.shape
+        heads = (b, t, self.n_head, c // self.n_head)
+        q, k, v = (
+            part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(c, dim=2)
+        )  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        # A cached step asks from the last position only, which may see everything; so may nothing be masked.
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=t == k.shape[2]
+        )
+        y = y.transpose(1, 2).reshape(b, t, c)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.gelu_approximation = "tanh" if cfg.gelu == "tanh" else "none"
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu_approximation)))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.post_residual = cfg.post_residual
+        self.ln_1 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+        self.attn = Attention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual stream and what the attention and the MLP sheet show, each (B, T, n_embd)."""
+        attn = self.attn(self.ln_1(x), cache)
+        middle = x + attn
+        mlp = self.mlp(self.ln_2(middle))
+        out = middle + mlp
+        return (out, middle, out) if self.post_residual else (out, attn, mlp)
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(cfg.vocab_size, cfg.n_embd),
+                wpe=nn.Embedding(cfg.block_size, cfg.n_embd),
+                drop=nn.Dropout(cfg.dropout),
+                h=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer)),
+                ln_f=nn.LayerNorm(cfg.n_embd, bias=cfg.bias),
+            )
+        )
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        for name, parameter in self.named_parameters():
+            if (
+                parameter.dim() == 2
+            ):  # N(0, 0.02); what writes into the residual stream is scaled by depth (GPT-2)
+                scale = (2 * cfg.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(parameter, mean=0.0, std=0.02 * scale)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def n_parameters(self, *, position_embedding: bool = True) -> int:
+        """Number of parameters, the tied head counted once."""
+        n = sum(p.numel() for p in self.parameters())
+        return n if position_embedding else n - self.transformer.wpe.weight.numel()
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations per trained token: 6N + 12 L C T (PaLM, appendix B)."""
+        attention = 12 * self.cfg.n_layer * self.cfg.n_embd * self.cfg.block_size
+        return 6 * self.n_parameters(position_embedding=False) + attention
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        activations: bool = False,
+        keep_logits: bool = True,
+        last_only: bool = False,
+        cache: "Cache | None" = None,
+    ) -> Output:
+        """Predict the next tokens.
+
+        Args:
+            tokens: (B, T) int64, T at most block_size (cached positions counted in).
+            targets: (B, T) int64, -1 where no loss is wanted.
+            activations: whether to return the outputs of the branches.
+            keep_logits: without them the loss is taken chunk by chunk, and they are never stored (training).
+            last_only: whether to compute logits for the last position only.
+            cache: keys and values of the tokens before these; extended by these.
+        """
+        start = cache.length if cache is not None else 0
+        t = tokens.shape[1]
+        if start + t > self.cfg.block_size:
+            raise ValueError(f"{start + t} tokens do not fit the context of {self.cfg.block_size}")
+        position = torch.arange(start, start + t, device=tokens.device)
+        x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(position))  # (B, T, C)
+        named = {}
+        for i, block in enumerate(self.transformer.h):
+            x, attn, mlp = block(x, cache.layers[i] if cache is not None else None)
+            if activations:
+                named[f"layer.{i}.attn"], named[f"layer.{i}.mlp"] = attn, mlp
+        x = self.transformer.ln_f(x[:, -1:] if last_only else x)
+        if targets is not None and not keep_logits:
+            loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return Output(None, loss, named)
+        logits, loss = self.lm_head(x), None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return Output(logits, loss, named)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,  # (B, T)
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        n_vocab: int = 50257,
+        stop: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue `tokens`; return (B, T + new).
+
+        Keys and values are cached while the text fits the context; beyond it each step sees the last
+        block_size tokens afresh. Temperature 0 is greedy. Only the first n_vocab tokens can be drawn: the
+        rest is padding. With `stop`, ends once every row has produced that token.
+        """
+        was_training = self.training
+        self.eval()
+        cache = Cache(self.cfg.n_layer)
+        stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            if tokens.shape[1] <= self.cfg.block_size:
+                out = self(tokens[:, cache.length :], cache=cache, last_only=True)
+            else:
+                out = self(tokens[:, -self.cfg.block_size :], last_only=True)
+            chosen = sample_from(out.logits[:, -1, :n_vocab].float(), temperature, top_k, top_p, generator)
+            tokens = torch.cat([tokens, chosen], dim=1)
+            if stop is not None:
+                stopped |= chosen[:, 0] == stop
+                if stopped.all():
+                    break
+        self.train(was_training)
+        return tokens
+
+
+def sample_from(
+    logits: Tensor,  # (B, V)
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token a row, (B, 1).
+
+    top_k keeps the k likeliest tokens; top_p keeps the smallest set of likeliest tokens whose probability
+    reaches p (Holtzman et al. 2020), at least one.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits, order = (logits / temperature).sort(dim=-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        before = probabilities.cumsum(dim=-1) - probabilities  # what is likelier than this token, together
+        keep = before < top_p
+        keep[:, 0] = True
+        probabilities = probabilities * keep
+    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, H, T, D) each."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.k is not None:
+            assert k.shape[2] == 1, "a cache is filled at once and then extended token by token"
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k, self.v = k, v
+        return k, v
+
+
+class Cache:
+    """Keys and values of every layer for the tokens seen so far."""
+
+    def __init__(self, n_layer: int) -> None:
+        self.layers = [LayerCache() for _ in range(n_layer)]
+
+    @property
+    def length(self) -> int:
+        k = self.layers[0].k
+        return 0 if k is None else k.shape[2]
