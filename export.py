@@ -4,7 +4,7 @@ python export.py out/topolm                                  # -> out/topolm/hf
 python export.py out/topolm --push_to_hf USER/NAME
 """
 
-from topogpt.config import run_main
+from topogpt.errors import run_main
 from topogpt.sharing.export import main
 
 if __name__ == "__main__":

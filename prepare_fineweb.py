@@ -24,15 +24,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from topogpt.config import UserError, check_at_least, parse, run_main
-from topogpt.runs.folder import write_text
+from topogpt.config import parse
+from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.files import read_json, write_text
+from topogpt.ranks import Place, read_place
 from topogpt.text import hub_sources, tokenizer
 from topogpt.text.parts import (
     FORMAT,
     SPLITS,
     Counts,
     Parts,
-    Ranks,
     Settings,
     add_counts,
     assemble,
@@ -43,7 +44,7 @@ from topogpt.text.parts import (
     worker_pool,
 )
 from topogpt.text.shards import HEADER_BYTES
-from topogpt.text.sources import Files, PythonDocs, Unit, read_json
+from topogpt.text.sources import Files, PythonDocs, Unit
 
 SPLIT_RULE = (
     "a document is in val where the first 8 bytes of blake2b of its id (its text, where it has none), as a "
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(cfg: PrepareConfig) -> None:
-    ranks, out = read_ranks(), Path(cfg.out_dir)
+    ranks, out = read_place(), Path(cfg.out_dir)
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_workers = cfg.num_proc or max(1, n_cores // ranks.local_world)
     default = (0.05 if cfg.source == ("pydoc",) else 0.01) if cfg.source else 0.0005
@@ -145,7 +146,7 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def make_parts(
-    cfg: PrepareConfig, source: Any, parts: Parts, pool: Executor, n_workers: int, ranks: Ranks
+    cfg: PrepareConfig, source: Any, parts: Parts, pool: Executor, n_workers: int, ranks: Place
 ) -> None:
     """Tokenise this rank's units; with max_tokens, no more than the first ones that hold so many."""
     progress = Progress(source.total_weight / ranks.world, cfg.max_tokens)
@@ -171,7 +172,7 @@ def make_parts(
         progress.bar.close()
 
 
-def make_shards(cfg: PrepareConfig, source: Any, parts: Parts, pool: Executor, ranks: Ranks) -> dict:
+def make_shards(cfg: PrepareConfig, source: Any, parts: Parts, pool: Executor, ranks: Place) -> dict:
     """Cut the parts of all ranks into shards; what the manifest says of them."""
     units = wait_for_units(source, parts, cfg.max_tokens, ranks)
     total = add_counts([parts.read(unit) for unit in units])
@@ -197,25 +198,7 @@ def skipped_words(skipped: dict[str, int]) -> str:
     return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in skipped.items())
 
 
-def read_ranks() -> Ranks:
-    """torchrun's environment, or that of a SLURM step (a batch script without srun is one process)."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    elif "SLURM_PROCID" in env and ("SLURM_STEP_ID" in env or "SLURM_JOB_ID" not in env):
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
-    else:
-        return Ranks(0, 1, 1)
-    try:
-        rank, world, local_world = (int(env.get(name) or 1) for name in names)
-    except ValueError:
-        raise UserError(f"{names[0]}, {names[1]} in the environment must be numbers; unset them") from None
-    if not 0 <= rank < world:
-        raise UserError(f"{names[0]} = {rank} must be below {names[1]} = {world}; correct or unset them")
-    return Ranks(rank, world, max(1, local_world))
-
-
-def open_source(cfg: PrepareConfig, parts: Parts, ranks: Ranks, n_threads: int) -> Any:
+def open_source(cfg: PrepareConfig, parts: Parts, ranks: Place, n_threads: int) -> Any:
     if cfg.source == ("pydoc",):
         return PythonDocs(parts.folder / f"rank-{ranks.rank}")
     if cfg.source:

@@ -8,7 +8,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, check_at_least, run_main
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from tyro.conf import Positional
 
-from topogpt.config import UserError, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, run_main
 from topogpt.runs.folder import read_metrics
 
 FIGURES = {

@@ -9,7 +9,9 @@ All settings are in settings.py and in --help; what lies in the folder of a run,
 
 import sys
 
-from topogpt.config import UserError, parse, to_yaml, user_errors
+from topogpt.config import parse, to_yaml
+from topogpt.errors import UserError, user_errors
+from topogpt.files import write_text
 from topogpt.settings import TrainConfig
 from topogpt.training import preflight
 
@@ -194,13 +196,11 @@ def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, 
         (run / "maps").mkdir(parents=True, exist_ok=True)
         if corpora.resume_from:
             runfolder.restore_links(run, state)
-        runfolder.write_text(
-            run / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False))
-        )
+        write_text(run / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False)))
         path = run / "provenance.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         starts.append(provenance.collect(ranks.device, ranks.world, saved_record(cfg, corpora)["data"]))
-        runfolder.write_text(path, json.dumps(starts, indent=1))
+        write_text(path, json.dumps(starts, indent=1))
     ranks.barrier()
     return run
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from topogpt.terminal import table
 from topogpt.text.loader import Corpus
 from topogpt.text.shards import HEADER_BYTES, Shard, header
 
@@ -154,11 +155,7 @@ class Report:
         print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        cells = [[str(c) for c in row] for row in [head, *rows]]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-        for row in cells:
-            first, *rest = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))  # noqa: B905
-            self.say("  ".join([first, *rest]).rstrip())
+        self.say(table(head, rows))
 
     def record(
         self,

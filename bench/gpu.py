@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bench.common import Report, device_label, random_corpus
-from topogpt.config import check_at_least, parse, run_main
-from topogpt.settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
+from topogpt.config import parse
+from topogpt.errors import check_at_least, run_main
+from topogpt.settings import N_VOCAB, GPTConfig, OptimConfig, TopoConfig, TrainConfig
 
 Section = Literal[
     "ceiling", "step", "checks", "syncs", "profile", "spatial", "cross_entropy", "attention", "optimizer",
@@ -129,7 +130,7 @@ class Bench:
             corpus = open_corpus(self.cfg.train_data_dir, key="train_data_dir", vocab_size=vocab)
         else:
             folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-            corpus = random_corpus(folder, 8 * train.batch_size * block + 1, min(vocab, 50257))
+            corpus = random_corpus(folder, 8 * train.batch_size * block + 1, min(vocab, N_VOCAB))
         size = {"batch_size": train.batch_size, "per_device_batch_size": train.per_device_batch_size}
         loader = TokenLoader(corpus, block_size=block, **size, seed=0, device=self.device)
         return self.stack.enter_context(loader).steps(0)

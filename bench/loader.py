@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from bench.common import Report, device_label, random_corpus, summary, synchronize
-from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.settings import N_VOCAB
 from topogpt.text.loader import Corpus, TokenLoader, open_corpus
 from topogpt.text.shards import Shard
 
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> None:
             )
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            corpus = random_corpus(folder, cfg.random_tokens, 50257)
+            corpus = random_corpus(folder, cfg.random_tokens, N_VOCAB)
         if cfg.cold:
             print(json.dumps(waits(cfg, forgotten(corpus), device, ahead=True)))
             return

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.common import Report, summary
-from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.text import sources, tokenizer
 
 ROOT = Path(__file__).parent.parent

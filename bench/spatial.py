@@ -12,7 +12,8 @@ from functools import partial
 from typing import Literal
 
 from bench.common import Report, device_label, interleaved, matmul_precision
-from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.settings import TopoConfig
 
 # |out - ref| / |ref| of losses and gradients, without TF32: the rounding of the dtype

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.common import Marks, Report, device_label, milliseconds, random_corpus, summary
-from topogpt.config import UserError, check_at_least, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.settings import TrainConfig
 
 if TYPE_CHECKING:

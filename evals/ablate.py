@@ -19,23 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from evals import heldout, measures, stimuli
+from evals import heldout
 from evals.activations import batches, of_tokens, token_lists
-from evals.common import (
-    Analysis,
-    PoolingConfig,
-    Subject,
-    need,
-    print_table,
-    progress,
-    protocol_of,
-    run_analyses,
-    say,
-)
-from evals.measures import most_selective
-from evals.stimuli import Stimuli
+from evals.common import Analysis, PoolingConfig, Subject, need, protocol_of, run_analyses
 from topogpt import rng
-from topogpt.config import UserError, check_at_least, run_main
+from topogpt.analysis import measures, stimuli
+from topogpt.analysis.measures import most_selective
+from topogpt.analysis.stimuli import Stimuli
+from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.terminal import print_table, progress, say
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from evals import stimuli
-from evals.common import Analysis, PoolingConfig, Subject, print_table, progress, protocol_of, run_analyses
-from evals.stimuli import Stimuli
-from topogpt.config import UserError, run_main
+from evals.common import Analysis, PoolingConfig, Subject, protocol_of, run_analyses
+from topogpt.analysis import stimuli
+from topogpt.analysis.stimuli import Stimuli
+from topogpt.errors import UserError, run_main
+from topogpt.terminal import print_table, progress
 
 if TYPE_CHECKING:
     from topogpt.model.gpt import GPT

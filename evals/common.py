@@ -8,9 +8,8 @@ NAME.safetensors (the arrays behind its figures) and figures drawn from those tw
 
 import hashlib
 import json
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from tyro.conf import Positional
 
-from topogpt import topo
-from topogpt.config import UserError, check_at_least, parse
-from topogpt.runs.folder import write_bytes, write_text
+from topogpt import topo, topography
+from topogpt.config import parse
+from topogpt.errors import UserError, check_at_least
+from topogpt.files import write_bytes, write_text
+from topogpt.terminal import say
 
 if TYPE_CHECKING:  # --help and mistakes answer at once
     from topogpt.model.gpt import GPT
@@ -164,7 +165,7 @@ def positions_for(cfg: EvalConfig, source: str, model: "GPT") -> dict[str, np.nd
     if cfg.positions in ("identity", "permuted"):
         return {sheet: topo.positions(cfg.positions, n_units, 0, sheet) for sheet in sheets}
     try:
-        positions = topo.load_topography(cfg.positions).positions
+        positions = topography.load_topography(cfg.positions).positions
     except ValueError as error:
         raise UserError(f"positions: {error}") from None
     if list(positions) != sheets or {len(p) for p in positions.values()} != {n_units}:
@@ -181,7 +182,7 @@ def moran_of_sheets(cfg: MoranConfig, subject: Subject, maps: np.ndarray, fwhm_m
     Args:
         maps: (S, h, w), or (S, n, h, w) for the mean over n maps; smoothed at fwhm_mm.
     """
-    from evals import measures
+    from topogpt.analysis import measures
 
     found = {
         sheet: measures.moran(
@@ -332,37 +333,6 @@ def plain(value: Any) -> Any:
 
 
 # ---- what a person sees --------------------------------------------------------------------------
-
-
-def say(line: str = "") -> None:
-    print(line, flush=True)
-
-
-def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """A bar on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
-
-
-def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Columns as wide as they need to be, numbers to the right."""
-    shown = [[cell(value) for value in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for row in shown:
-        first, *others = (
-            text.ljust(w) if i == 0 else text.rjust(w)
-            for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        )
-        say("  ".join([first, *others]).rstrip())
-
-
-def cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-    )
 
 
 def need(*packages: str) -> None:

@@ -15,20 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evals import activations, measures, stimuli
-from evals.common import (
-    Analysis,
-    MapConfig,
-    Subject,
-    moran_of_sheets,
-    need,
-    print_table,
-    protocol_of,
-    run_analyses,
-    say,
-)
-from evals.stimuli import Stimuli
-from topogpt.config import UserError, run_main
+from evals import activations
+from evals.common import Analysis, MapConfig, Subject, moran_of_sheets, need, protocol_of, run_analyses
+from topogpt.analysis import measures, stimuli
+from topogpt.analysis.stimuli import Stimuli
+from topogpt.errors import UserError, run_main
+from topogpt.terminal import print_table, say
 
 
 @dataclass(frozen=True, kw_only=True)

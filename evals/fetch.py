@@ -4,20 +4,19 @@ python -m evals.fetch                     # into data/stimuli; or --stimuli_dir 
 python -m evals.fetch --list              # addresses, SHA-256 and papers, to put the files there by hand
 """
 
-import contextlib
 import hashlib
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.common import say
-from topogpt.config import UserError, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, run_main
+from topogpt.files import write_bytes
+from topogpt.retry import PASSING, status, with_retries
+from topogpt.terminal import say
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60
-TRIES, WAIT_SECONDS = 4, 1.0  # of each address; the wait before the second, doubled before each further one
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # status codes that may be gone at the next try
+TRIES = 4  # of each address
 
 
 class Source(NamedTuple):
@@ -106,26 +105,29 @@ def download(source: Source, folder: Path) -> bytes:
     """The content of an address, tried again where that may help, and refused unless its SHA-256 fits."""
     import requests  # comes with tiktoken
 
-    for attempt in range(1, TRIES + 1):
-        try:
-            response = requests.get(source.address, timeout=(CONNECT_SECONDS, READ_SECONDS))
-            if response.ok:
-                break
-            reason, transient = f"status {response.status_code}", response.status_code in TRANSIENT
-        except requests.RequestException as error:  # no connection, too slow, cut off
-            cause = (
-                getattr(error.args[0], "reason", error) if error.args else error
-            )  # without the address again
-            reason, transient = " ".join(str(cause).split())[:200], True
-        if attempt == TRIES or not transient:
-            raise could_not(source, reason, folder)
-        wait = WAIT_SECONDS * 2 ** (attempt - 1)
-        say(f"{Path(source.address).name}: {reason}; try {attempt + 1} of {TRIES} in {wait:g} s")
-        time.sleep(wait)
-    found = hashlib.sha256(response.content).hexdigest()
+    def get() -> bytes:
+        response = requests.get(source.address, timeout=(CONNECT_SECONDS, READ_SECONDS))
+        response.raise_for_status()
+        return response.content
+
+    def in_words(error: Exception) -> str:
+        if status(error):
+            return f"status {status(error)}"
+        cause = getattr(error.args[0], "reason", error) if error.args else error  # without the address again
+        return " ".join(str(cause).split())[:200]
+
+    def may_pass(error: Exception) -> bool:
+        return isinstance(error, requests.RequestException) and (status(error) or 503) in PASSING
+
+    name = Path(source.address).name
+    try:
+        content = with_retries(name, get, tries=TRIES, may_pass=may_pass, say=say, in_words=in_words)
+    except requests.RequestException as error:  # no connection, too slow, cut off, or a refusal
+        raise could_not(source, in_words(error), folder) from None
+    found = hashlib.sha256(content).hexdigest()
     if found != source.sha256:
         raise could_not(source, f"what came has SHA-256 {found}, not {source.sha256}", folder)
-    return response.content
+    return content
 
 
 def could_not(source: Source, reason: str, folder: Path) -> UserError:
@@ -136,17 +138,11 @@ def could_not(source: Source, reason: str, folder: Path) -> UserError:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(path)
+        write_bytes(path, data)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another --stimuli_dir") from None
-    finally:
-        with contextlib.suppress(OSError):  # of what went wrong half-way; mostly it is not there
-            part.unlink()
 
 
 def main(argv: list[str]) -> None:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tyro.conf import Positional
 
-from evals.common import need, read, read_arrays, results_folder, say
+from evals.common import need, read, read_arrays, results_folder
 from evals.contrasts import SMOOTHED
-from topogpt.config import UserError, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, run_main
+from topogpt.terminal import say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from evals.common import Subject
-from evals.stimuli import sha256
-from topogpt.config import UserError
+from topogpt.analysis.stimuli import sha256
+from topogpt.errors import UserError
 
 
 class HeldOut(NamedTuple):

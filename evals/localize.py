@@ -16,20 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from evals import activations, measures, stimuli
-from evals.common import (
-    Analysis,
-    MapConfig,
-    Subject,
-    moran_of_sheets,
-    need,
-    print_table,
-    protocol_of,
-    run_analyses,
-)
+from evals import activations
+from evals.common import Analysis, MapConfig, Subject, moran_of_sheets, need, protocol_of, run_analyses
 from evals.contrasts import TMaps, t_maps
 from topogpt import rng
-from topogpt.config import UserError, check_at_least, run_main
+from topogpt.analysis import measures, stimuli
+from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.terminal import print_table
 
 PROFILE = "SWJN"
 

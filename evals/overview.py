@@ -16,7 +16,7 @@ from evals.common import Subject
 from evals.findings import smoothing
 from evals.page import Card, Html, Level, Line, join, number, paragraph, tag
 from topogpt.runs.folder import read_metrics
-from topogpt.text.tokenizer import N_VOCAB
+from topogpt.settings import N_VOCAB
 
 
 class Model(NamedTuple):

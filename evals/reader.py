@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evals import heldout
-from evals.common import Subject, progress
+from evals.common import Subject
 from topogpt import topo
-from topogpt.config import UserError
+from topogpt.errors import UserError
+from topogpt.terminal import progress
 
 SENTENCES = (
     "In the cortex, neurons that answer to the same things lie side by side, and so a map of the world "

@@ -16,12 +16,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from evals import figures, overview, page, reader
-from evals.common import EvalConfig, Subject, load_subject, read, save, say
+from evals.common import EvalConfig, Subject, load_subject, read, save
 from evals.findings import FINDINGS
 from evals.overview import Model, Section
 from evals.page import Html, join, shown
-from topogpt.config import UserError, check_at_least, parse, run_main
-from topogpt.runs.folder import write_text
+from topogpt.config import parse
+from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.files import write_text
+from topogpt.terminal import say
 
 ANALYSES = {  # module and settings
     "topography": ("evals.topography", "TopographyConfig"),

@@ -12,22 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from evals import heldout, measures
+from evals import heldout
 from evals.activations import check_finite
-from evals.common import (
-    Analysis,
-    MoranConfig,
-    Subject,
-    moran_of_sheets,
-    need,
-    print_table,
-    progress,
-    protocol_of,
-    run_analyses,
-    say,
-)
+from evals.common import Analysis, MoranConfig, Subject, moran_of_sheets, need, protocol_of, run_analyses
 from topogpt import topo
-from topogpt.config import UserError, check_at_least, run_main
+from topogpt.analysis import measures
+from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.terminal import print_table, progress, say
 
 TOKENS_PER_BATCH = 2048
 N_TDANN = 16  # maps whose smoothness is averaged: each takes a curve over all pairs of units

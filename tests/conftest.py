@@ -50,7 +50,7 @@ def no_pictures():
     """Training in this process draws no pictures of the sheets: they take longer than the run."""
     with pytest.MonkeyPatch.context() as patch:
         if "torch" in sys.modules:
-            import maps
+            from topogpt.training import maps
 
             patch.setattr(maps, "draw", lambda *args, **kwargs: None)
         yield

@@ -9,10 +9,12 @@ import pytest
 import tiny
 import torch
 import yaml as yaml_library
-from config import UserError, parse, to_yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
+
+from topogpt.config import parse, to_yaml
+from topogpt.errors import UserError
+from topogpt.settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
 
 CONFIGS = sorted((tiny.ROOT / "configs").glob("*.yaml"))
 SECTIONS = (GPTConfig, TopoConfig, OptimConfig, TrainConfig)
@@ -218,7 +220,7 @@ def test_known_numbers_of_parameters():
 
 
 def parameters(cfg: GPTConfig) -> tuple[int, int]:
-    from model import GPT
+    from topogpt.model.gpt import GPT
 
     with torch.device("meta"):
         model = GPT(cfg)

@@ -10,14 +10,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import preflight
 import pytest
 import tiny
 import torch
-from config import UserError
-from distributed import Ranks
 from safetensors.torch import load_file
 
+from topogpt.distributed import Ranks
+from topogpt.errors import UserError
+from topogpt.training import preflight
 from train import train
 
 # A learning rate so large that validation gets worse and training stops early. Micro-batches are of two
@@ -144,7 +144,7 @@ def test_one_rank_resumes_what_two_began_with_the_same_data_order(folder, tmp_pa
 
 def terminate_rank_1(step: int) -> None:
     """The loader of rank 1 receives SIGTERM when it is asked for a step."""
-    import data
+    from topogpt.text import loader as data
 
     steps = data.TokenLoader.steps
 
@@ -167,7 +167,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(folder, tmp_pat
 
 
 def use_ranks(folder: Path) -> None:
-    import distributed
+    from topogpt import distributed
 
     with distributed.start("cpu") as ranks:
         x = torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
@@ -213,8 +213,9 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_the_nearest_that_they_c
 
 
 FAULTS = """
-import resource, sys
-from distributed import keep_freed_memory
+import resource
+import sys
+from topogpt.distributed import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,64 +1,68 @@
-"""The shape of the code: imports go one way, torch is imported late, files stay short.
-
-pytest tests/test_layout.py
-"""
+"""The shape of the code: rooms whose imports go one way, torch imported late. pytest tests/test_layout.py"""
 
 import ast
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import tiny
 
-# A file may import files of lower levels; of its own level, only what SAME_LEVEL says. Place new files here.
-LEVELS = [
-    {"rng"},
-    {"topo", "config"},
-    {"settings"},
-    {"runfolder", "shards", "cross_entropy", "interrupt"},
-    {"sources", "hub_sources", "tokenizer", "distributed", "model", "data", "spatial", "connectome"},
-    {"optim", "checkpoint", "parts", "maps", "runlog", "preflight", "provenance", "validation"},
-    {"progress", "hf_import", "modelcard", "proof", "hub"},
-    {"export", "objective", "prepare_fineweb"},
-    {"sample", "summary", "compress", "evals", "bench"},
-    {"train"},
-    {"generations"},
+# Each floor may import the floors before it; rooms of one floor do not import each other.
+FLOORS = [
+    {"topogpt"},  # the files that lie in topogpt itself
+    {"topogpt.text", "topogpt.model", "topogpt.spatial"},
+    {"topogpt.runs"},
+    {"topogpt.sharing"},
+    {"topogpt.training", "topogpt.analysis"},
+    {"scripts", "evals", "bench"},
 ]
-SAME_LEVEL = {
-    ("hub_sources", "sources"),
-    ("validation", "maps"),
-    ("validation", "runlog"),
-    ("evals", "evals"),
-    ("bench", "bench"),
-}
-NOT_OURS = {"setup"}  # read by pip alone
-WITHOUT_TORCH = "rng topo config settings hub modelcard export runfolder shards data preflight".split()
-
-LEVEL = {name: i for i, level in enumerate(LEVELS) for name in level}
+FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
+WITHOUT_TORCH = """topogpt topogpt.rng topogpt.topo topogpt.config topogpt.settings topogpt.runs.folder
+    topogpt.text.shards topogpt.text.loader topogpt.training.preflight
+    topogpt.sharing.push topogpt.sharing.card topogpt.sharing.export""".split()
 FILES = sorted(
-    p
-    for p in [*tiny.ROOT.glob("*.py"), *tiny.ROOT.glob("evals/**/*.py"), *tiny.ROOT.glob("bench/**/*.py")]
-    if p.stem not in NOT_OURS
+    path
+    for pattern in ("*.py", "topogpt/**/*.py", "evals/**/*.py", "bench/**/*.py")
+    for path in tiny.ROOT.glob(pattern)
+    if path.name != "setup.py"  # read by pip alone
 )
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(tiny.ROOT)))
 
 
-def name_of(path: Path) -> str:
-    """The name in LEVELS: a package counts as one."""
-    first = path.relative_to(tiny.ROOT).parts[0]
-    return first.removesuffix(".py")
+def module_of(path: Path) -> str:
+    parts = path.relative_to(tiny.ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def room_of(module: str) -> str:
+    """topogpt.text of topogpt.text.parts, topogpt of topogpt.config, scripts of train."""
+    parts = module.split(".")
+    if parts[0] != "topogpt":
+        return parts[0] if parts[0] in FLOOR else "scripts"
+    return ".".join(parts[:2]) if (tiny.ROOT / Path(*parts[:2])).is_dir() else "topogpt"
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Modules imported anywhere in a file, the first part of their names."""
+    """Modules imported anywhere in a file, each name of `from package import name` too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield node.module.partition(".")[0]
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
@@ -73,54 +77,49 @@ def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
                 yield from imported_at_once(getattr(node, field, []))
 
 
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def ours(modules: Iterator[str], us: str = "") -> set[str]:
+    """Those of our modules; a package's name alone stands for nothing where it is empty."""
+    return {m for m in modules if m in MODULES and m != us and MODULES[m].stat().st_size}
 
 
-def test_every_file_has_a_level():
-    assert [str(path.relative_to(tiny.ROOT)) for path in FILES if name_of(path) not in LEVEL] == []
-    names = [name for level in LEVELS for name in level]
-    assert len(names) == len(set(names))
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(tiny.ROOT)))
+@each_file
 def test_imports_go_one_way(path):
-    us = name_of(path)
-    for them in set(imported(parse(path))) & LEVEL.keys():
-        assert LEVEL[them] < LEVEL[us] or (us, them) in SAME_LEVEL, f"{us} imports {them}"
+    us = module_of(path)
+    for them in ours(imported(parse(path)), us):
+        here, there = room_of(us), room_of(them)
+        assert here == there or FLOOR[there] < FLOOR[here], f"{us} imports {them}"
 
 
-def test_some_files_know_less_than_their_level_allows():
-    allowed = {
-        "rng": set(),
-        "topo": {"rng"},
-        "config": set(),
-        "model": {"settings", "cross_entropy"},  # neither sheets nor losses on them
-    }
-    for name, names in allowed.items():
-        ours = set(imported(parse(tiny.ROOT / f"{name}.py"))) & LEVEL.keys()
-        assert ours <= names, name
+def test_train_is_imported_by_train_itp_alone():
+    assert {m for m, p in MODULES.items() if "train" in ours(imported(parse(p)), m)} <= {"train_itp"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(tiny.ROOT)))
+def test_the_house_is_as_large_as_it_was_planned():
+    scripts = [m for m in MODULES if room_of(m) == "scripts"]
+    ground = [m for m in MODULES if room_of(m) == "topogpt" and m != "topogpt"]
+    rooms = {room_of(m) for m in MODULES if m.startswith("topogpt.")} - {"topogpt"}
+    assert (len(scripts) <= 10, len(ground) <= 12, len(rooms) <= 8) == (True, True, True)
+    assert rooms | {"topogpt", "scripts", "evals", "bench"} == FLOOR.keys()
+
+
+@each_file
 def test_no_setting_is_wrapped_for_help_loses_the_comment_of_one_that_is(path):
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^    (\w+): [^=\n]*(?:= )?[(\[]$", text, re.M) == []
 
 
-def test_nothing_but_generations_imports_train():
-    assert LEVEL["train"] > max(
-        level for name, level in LEVEL.items() if name not in ("train", "generations")
-    )
-
-
-def test_the_levels_can_be_broken(tmp_path):
-    """What the tests above look for is found: imports in functions, from-imports, dotted ones."""
-    source = "import topo\ndef f():\n    from train import train\n    import evals.report\n"
-    assert set(imported(ast.parse(source))) == {"topo", "train", "evals"}
+def test_what_is_looked_for_is_found():
+    """Imports in functions, from-imports, dotted ones; and only those that run at once."""
+    source = "from topogpt import topo\ndef f():\n    from train import train\n    import evals.report\n"
+    assert {"topogpt.topo", "train", "evals.report"} <= set(imported(ast.parse(source)))
     source = "try:\n    import a\nexcept ImportError:\n    import b\n"
     source += "if TYPE_CHECKING:\n    import c\nclass D:\n    import d\n"
     assert set(imported_at_once(ast.parse(source).body)) == {"a", "b", "d"}
+    assert (room_of("topogpt.text.parts"), room_of("topogpt.rng"), room_of("train")) == (
+        "topogpt.text",
+        "topogpt",
+        "scripts",
+    )
 
 
 def closure(name: str) -> set[str]:
@@ -130,39 +129,37 @@ def closure(name: str) -> set[str]:
         name = todo.pop()
         if name not in seen:
             seen.add(name)
-            path = tiny.ROOT / f"{name}.py"
-            if name in LEVEL and path.exists():
-                todo += imported_at_once(parse(path).body)
+            if name in MODULES:
+                todo += imported_at_once(parse(MODULES[name]).body)
     return seen
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_checks_the_input_does_not_import_torch(name):
-    assert (tiny.ROOT / f"{name}.py").exists()
+    assert name in MODULES
     assert "torch" not in closure(name)
 
 
 def test_torch_is_seen_where_it_is_imported():
-    assert "torch" in closure("train") and "torch" in closure("checkpoint")
+    assert "torch" in closure("train") and "torch" in closure("topogpt.runs.checkpoint")
 
 
-def test_a_checked_start_imports_nothing_slow(tmp_path):
+def test_a_checked_start_imports_nothing_slow():
     """The same for packages of others: whatever preflight imports may not import torch either."""
-    names = ", ".join(WITHOUT_TORCH)
-    code = f"import sys, {names}; print([m for m in ('torch', 'wandb', 'transformers') if m in sys.modules])"
+    slow = ("torch", "wandb", "transformers")
+    code = f"import sys, {', '.join(WITHOUT_TORCH)}; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(tiny.ROOT)))
+@each_file
 def test_no_text_or_file_is_run_as_code(path):
     for node in ast.walk(parse(path)):
         if not isinstance(node, ast.Call):
             continue
         called, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), (
-            f"line {node.lineno}"
-        )
+        forbidden = ("eval", "exec", "pickle.load", "pickle.loads", "os.system")
+        assert called not in forbidden, f"line {node.lineno}"
         assert keywords.get("trust_remote_code", "False") == "False", f"line {node.lineno}"
         assert keywords.get("shell", "False") == "False", f"line {node.lineno}"
         if called == "torch.load":
@@ -171,9 +168,14 @@ def test_no_text_or_file_is_run_as_code(path):
             assert keywords.get("allow_pickle", "False") == "False", f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(tiny.ROOT)))
+@each_file
 def test_files_are_short_ascii_and_say_what_they_are(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400
     assert text.isascii() or path.stem == "config"  # which strips the lines that tyro draws around a message
-    assert path.name == "__init__.py" or ast.get_docstring(parse(path))
+    assert not text or ast.get_docstring(parse(path))
+
+
+@pytest.mark.parametrize("path", sorted((tiny.ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_no_test_file_imports_another(path):
+    assert [name for name in imported(parse(path)) if name.startswith("test_")] == []

@@ -5,12 +5,12 @@ pytest tests/test_summary.py
 
 import json
 
-import maps
 import pytest
 import tiny
-from config import UserError
 
 import summary
+from topogpt.errors import UserError
+from topogpt.training import maps
 from train import train
 
 DRAW = maps.draw  # as it is before a fixture of conftest.py takes it away

@@ -8,12 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-import rng
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-import topo
+from topogpt import rng, topo
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from config import parse, user_errors
-from settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
+
+from topogpt.config import parse
+from topogpt.errors import user_errors
+from topogpt.settings import GPTConfig, OptimConfig, TopoConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 64
@@ -97,9 +99,44 @@ def records(run: Path, split: str | None = None) -> list[dict[str, Any]]:
 
 def no_pictures() -> None:
     """Leave out the pictures of the sheets, which take longer than the run."""
-    import maps
+    from topogpt.training import maps
 
     maps.draw = lambda *args, **kwargs: None
+
+
+def random_run(out: Path, name: str = "run", *, step: int = 8, seed: int = 0, **model) -> Path:
+    """A run with one checkpoint, of a model whose logits are large enough to be wrong."""
+    import torch
+
+    from topogpt.model.gpt import GPT, sheet_names
+    from topogpt.runs import checkpoint
+    from topogpt.runs.folder import TrainState
+    from topogpt.spatial.topolm import sheet_positions
+    from topogpt.training.optim import build_optimizer
+
+    shape = {"vocab_size": GPTConfig().vocab_size, "n_layer": 2, "n_embd": 16, "block_size": 48}
+    cfg = config(out, name, out_dir=str(out), model=shape | model)
+    torch.manual_seed(seed)
+    net = GPT(cfg.model)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(12 if parameter.dim() == 2 else 1).add_(0.05 * torch.randn_like(parameter))
+    positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    run = out / name
+    run.mkdir(parents=True, exist_ok=True)
+    value = {
+        "step": step,
+        "split": "val",
+        "cross_entropy": 3.5,
+        "spatial_loss": 0.25,
+        "loss": 4.0,
+        "moran": 0.5,
+    }
+    (run / "metrics.jsonl").write_text(json.dumps(value) + "\n")
+    state = TrainState(step=step, best_step=step, best_cross_entropy=3.5)
+    record = {"config": asdict(cfg), "data": {"train_data_dir": "", "val_data_dir": ""}}
+    checkpoint.save(run, net, positions, build_optimizer(net, cfg.optim), state, record)
+    return run
 
 
 # ---- other processes ---------------------------------------------------------------------------------------

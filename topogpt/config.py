@@ -1,37 +1,23 @@
-"""YAML and command line -> frozen dataclass, and what happens to a user's mistake.
+"""YAML and command line -> frozen dataclass.
 
     cfg = parse(TrainConfig, sys.argv[1:])      # [file.yaml] [--flag value] [--topo.weight 2.5]
 
 The YAML file is flattened into arguments placed before the user's, so tyro types and checks both and the
-command line wins. Neither this nor settings.py imports torch, so that `--help` and mistakes answer at once;
-and tyro only where a command line is read, as worker processes import this file for UserError alone.
+command line wins. Neither this nor settings.py imports torch, so that `--help` and mistakes answer at once.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import io
-import math
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
+from topogpt.errors import UserError
+
 Config = TypeVar("Config")
-
-
-class UserError(Exception):
-    """A mistake of the user: one line naming the key or file, the value and the remedy; exit code 2.
-
-    No ValueError, as tyro would take those for its own.
-    """
-
-
-def check_at_least(key: str, value: float, minimum: float) -> None:
-    if not (math.isfinite(value) and value >= minimum):
-        raise UserError(f"{key} = {value} must be a finite number of at least {minimum}")
 
 
 def parse(cls: type[Config], argv: list[str], *, prog: str | None = None) -> Config:
@@ -233,23 +219,3 @@ def to_yaml(cfg: object) -> str:
     return yaml.safe_dump(
         {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}, sort_keys=False
     )
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2; a reader like `head` may leave early."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def run_main(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main on the command line."""
-    with user_errors():
-        main(sys.argv[1:])

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topogpt.config import UserError
+from topogpt.errors import UserError
 
 # Dense bf16 tensor-core operations per second, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from topogpt import topo
-from topogpt.config import UserError, check_at_least
+from topogpt.errors import UserError, check_at_least
+
+N_VOCAB = 50257  # GPT-2's tokens; an embedding has more rows, as padding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-import test_export  # noqa: E402
+import tiny  # noqa: E402
 
-import export  # noqa: E402
+from topogpt.sharing import export  # noqa: E402
 
 if __name__ == "__main__":
-    print(export.export(test_export.make_run(Path(sys.argv[1]))))
+    print(export.export(tiny.random_run(Path(sys.argv[1]))))

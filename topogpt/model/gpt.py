@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topogpt.model.cross_entropy import linear_cross_entropy
-from topogpt.settings import GPTConfig
+from topogpt.settings import N_VOCAB, GPTConfig
 
 __all__ = ["GPT", "GPTConfig", "Output", "sheet_names"]
 
@@ -169,7 +169,7 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        n_vocab: int = 50257,
+        n_vocab: int = N_VOCAB,
         stop: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:

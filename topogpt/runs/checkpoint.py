@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from topogpt import topo
-from topogpt.config import UserError
+from topogpt.errors import UserError
+from topogpt.files import fsync, permit
 from topogpt.model.gpt import GPT
-from topogpt.runs.folder import TrainState, complete, fsync, permit, point, read_state, step_folder
+from topogpt.runs.folder import TrainState, complete, point, read_state, step_folder
 from topogpt.settings import GPTConfig
-
-POSITIONS = "positions."  # prefix of the positions among the tensors of model.safetensors
+from topogpt.topography import PREFIX
 
 
 def save(
@@ -69,7 +69,7 @@ def write(
     part.mkdir(parents=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     del tensors["lm_head.weight"]  # tied: it is transformer.wte.weight
-    tensors |= {POSITIONS + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
+    tensors |= {PREFIX + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
     save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     permit(part / "model.safetensors")
     torch.save(optimizer.state_dict(), part / "optimizer.pt")
@@ -89,12 +89,12 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]
             f"checkpoint {folder} is damaged: model.safetensors: {error}; use another checkpoint"
         ) from None
     positions = {
-        name.removeprefix(POSITIONS): t.numpy().astype(np.int64)
+        name.removeprefix(PREFIX): t.numpy().astype(np.int64)
         for name, t in tensors.items()
-        if name.startswith(POSITIONS)
+        if name.startswith(PREFIX)
     }
     positions = dict(sorted(positions.items(), key=lambda item: topo.sheet_order(item[0])))  # 2 before 10
-    return {name: t for name, t in tensors.items() if not name.startswith(POSITIONS)}, positions
+    return {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}, positions
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:

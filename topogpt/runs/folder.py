@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topogpt.config import UserError
+from topogpt.errors import UserError
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "state.json")
 
@@ -113,30 +113,3 @@ def restore_links(run: Path, state: TrainState) -> None:
     point(run / "last", step_folder(run, state.step))
     if state.best_step is not None and step_folder(run, state.best_step).is_dir():
         point(run / "best", step_folder(run, state.best_step))
-
-
-def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def permit(path: Path) -> None:
-    """Give a file the permissions of new files: safetensors makes its own readable by the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.tmp")
-    part.write_bytes(data)
-    fsync(part)
-    part.replace(path)

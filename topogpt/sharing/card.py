@@ -9,13 +9,13 @@ import numpy as np
 
 from topogpt import topo
 from topogpt.runs.folder import read_metrics
+from topogpt.settings import N_VOCAB
 
 # What is known about data sets: name on the Hub -> title, licence (the Hub's name for it), licence in words.
 LICENCES = {
     "HuggingFaceFW/fineweb-edu": ("FineWeb-Edu", "odc-by", "ODC-By 1.0"),
     "HuggingFaceFW/fineweb": ("FineWeb", "odc-by", "ODC-By 1.0"),
 }
-N_VOCAB = 50257  # GPT-2's tokens
 ASK = "not recorded with the run; ask whoever trained it"
 N_NOISE = 500  # white-noise maps whose Moran's I is the floor
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from topogpt.config import UserError, parse
-from topogpt.runs import folder as runfolder
+from topogpt.config import parse
+from topogpt.errors import UserError
+from topogpt.files import fsync, permit
 from topogpt.settings import GPTConfig
 from topogpt.sharing import push as hub
 
@@ -148,8 +149,6 @@ def check_replaceable(target: Path) -> None:
 
 def put_in_place(part: Path, target: Path) -> None:
     """Give the finished folder its name, in place of an older export."""
-    from topogpt.runs.folder import fsync
-
     for path in part.iterdir():
         path.chmod((part / "config.json").stat().st_mode)  # safetensors' files are for their owner alone
         fsync(path)
@@ -171,7 +170,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def n_vocab_of(cfg: GPTConfig) -> int:
     """Rows that are real tokens: GPT-2's 50257, or all of a smaller embedding."""
-    from topogpt.text.tokenizer import N_VOCAB
+    from topogpt.settings import N_VOCAB
 
     return min(cfg.vocab_size, N_VOCAB)
 
@@ -203,16 +202,17 @@ def write_weights(folder: Path, model: "GPT", dtype: str) -> None:
     wte, n_vocab = tensors["transformer.wte.weight"], n_vocab_of(model.cfg)
     tensors["transformer.wte.weight"] = wte[:n_vocab].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    runfolder.permit(folder / "model.safetensors")
+    permit(folder / "model.safetensors")
     if n_vocab < len(wte):
         padding = {"transformer.wte.weight": wte[n_vocab:].clone()}
         save_file(padding, folder / hf_import.PADDING_FILE, metadata={"format": "pt"})
-        runfolder.permit(folder / hf_import.PADDING_FILE)
+        permit(folder / hf_import.PADDING_FILE)
 
 
 def config_json(loaded: "LoadedRun", dtype: str) -> dict[str, Any]:
-    from topogpt import topo
-    from topogpt.text.tokenizer import EOT, N_VOCAB
+    from topogpt import topo, topography
+    from topogpt.settings import N_VOCAB
+    from topogpt.text.tokenizer import EOT
 
     cfg, sheets = loaded.model.cfg, loaded.state["config"]["topo"]
     n_vocab = n_vocab_of(cfg)
@@ -242,7 +242,7 @@ def config_json(loaded: "LoadedRun", dtype: str) -> dict[str, Any]:
         "eos_token_id": eot,
         "torch_dtype": dtype,
         "topography": {
-            "format": topo.FORMAT,
+            "format": topography.FORMAT,
             "file": "topography.safetensors",
             "grid": list(topo.grid_shape(cfg.n_embd)),
             "unit_distance_mm": 1.0,
@@ -257,7 +257,7 @@ def config_json(loaded: "LoadedRun", dtype: str) -> dict[str, Any]:
 
 
 def write_topography(folder: Path, loaded: "LoadedRun") -> None:
-    from topogpt import topo
+    from topogpt import topography
 
     cfg, sheets = loaded.model.cfg, loaded.state["config"]["topo"]
     modules = {}
@@ -267,7 +267,7 @@ def write_topography(folder: Path, loaded: "LoadedRun") -> None:
             f"{block}.ln_2 (input)" if cfg.post_residual else f"{block}.attn (output)"
         )
         modules[f"layer.{i}.mlp"] = f"{block} (output)" if cfg.post_residual else f"{block}.mlp (output)"
-    topo.save_topography(
+    topography.save_topography(
         folder,
         loaded.positions,
         kind=sheets["positions"],

@@ -21,13 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from topogpt import topo
-from topogpt.config import UserError
+from topogpt import topography
+from topogpt.errors import UserError
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.runs.checkpoint import load_run, load_weights
-from topogpt.settings import GPTConfig
+from topogpt.settings import N_VOCAB, GPTConfig
 
-N_VOCAB = 50257  # GPT-2's tokens
 N_PADDED = GPTConfig().vocab_size  # rows of the embedding of ours: a multiple of 64
 PADDING_FILE = "padding.safetensors"  # the rows that export.py cuts off, so that coming back changes nothing
 VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"  # see `digest`
@@ -273,7 +272,7 @@ def read_positions(folder: Path, cfg: GPTConfig) -> dict[str, np.ndarray] | None
     if not (folder / "topography.safetensors").exists():
         return None
     try:
-        positions = topo.load_topography(folder).positions
+        positions = topography.load_topography(folder).positions
     except ValueError as error:
         raise UserError(str(error)) from None
     if list(positions) != sheet_names(cfg.n_layer) or {len(p) for p in positions.values()} != {cfg.n_embd}:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from topogpt.config import UserError
+from topogpt.errors import UserError
 from topogpt.model.gpt import GPT
-from topogpt.text.tokenizer import N_VOCAB, Tokenizer
+from topogpt.settings import N_VOCAB
+from topogpt.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # largest difference of a logit from ours, in float32
 N_GREEDY = 24  # tokens of the greedy text that is compared

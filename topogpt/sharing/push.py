@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,15 @@ from typing import Any, TypeVar
 
 from tyro.conf import Positional
 
-from topogpt.config import UserError, parse, run_main
+from topogpt.config import parse
+from topogpt.errors import UserError, run_main
+from topogpt.retry import PASSING, status, with_retries
 
 Result = TypeVar("Result")
 Say = Callable[[str], Any]
 
 TRIES = 4  # of each step of a push; the Hub's client tries its own requests again, too
-WAIT_SECONDS = 3.0  # before the second try; doubled before each further one
-LONGEST_WAIT_SECONDS = 300.0  # also where the Hub asks for more (Retry-After)
 TIMEOUTS = (15.0, 120.0, 120.0, 60.0)  # seconds to connect, read, write, and wait for a connection; a cut one
-PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be others a moment later
 NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet"}  # packages that raise
 NEEDED = ("config.json", "model.safetensors", "README.md", "topography.safetensors", "topography.json")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -174,29 +172,24 @@ def check_ours(info: Any, folder: Path, repo_id: str, private: bool) -> None:
 
 def attempt(what: str, call: Callable[[], Result], name: str, remedy: str, say: Say) -> Result:
     """Call until it works, a few times where the error may pass; raises PushFailed."""
-    for n in range(1, TRIES + 1):
+
+    def with_cause() -> Result:
         try:
             return call()
-        except Exception as raised:
-            error = raised
-            if type(raised) is RuntimeError and isinstance(raised.__cause__, Exception):
-                error = (
-                    raised.__cause__
-                )  # the client's "Error while uploading", whose cause is what went wrong
-            reason = in_words(error)
-            refusal = refused(error, name)
-            if refusal:
-                raise PushFailed(f"push_to_hf = {name}: {refusal}; {remedy}") from None
-            if n == TRIES or not may_pass(error):
-                raise PushFailed(f"push_to_hf = {name}: {what} failed: {reason}; {remedy}") from None
-            wait = min(LONGEST_WAIT_SECONDS, retry_after(error) or WAIT_SECONDS * 2 ** (n - 1))
-            say(f"push: {what} failed ({reason}); trying again in {wait:.0f} s ({n} of {TRIES})")
-            time.sleep(wait)
-    raise AssertionError("the loop returns or raises")
+        except RuntimeError as raised:  # the client's "Error while uploading": its cause is what went wrong
+            cause = raised.__cause__ if type(raised) is RuntimeError else None
+            raise (cause if isinstance(cause, Exception) else raised) from None
 
+    def passing(error: Exception) -> bool:
+        return refused(error, name) is None and may_pass(error)
 
-def status(error: Exception) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+    try:
+        return with_retries(
+            f"push: {what} failed", with_cause, tries=TRIES, may_pass=passing, say=say, in_words=in_words
+        )
+    except Exception as error:
+        reason = refused(error, name) or f"{what} failed: {in_words(error)}"
+        raise PushFailed(f"push_to_hf = {name}: {reason}; {remedy}") from None
 
 
 def refused(error: Exception, name: str) -> str | None:
@@ -220,12 +213,6 @@ def may_pass(error: Exception) -> bool:
         return status(error) in PASSING
     raised_by = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
     return bool(raised_by & NETWORK) or isinstance(error, ConnectionError | TimeoutError | RuntimeError)
-
-
-def retry_after(error: Exception) -> float | None:
-    """Seconds that the Hub asks to wait."""
-    value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-    return float(value) if str(value).isdigit() else None
 
 
 def in_words(error: Exception) -> str:

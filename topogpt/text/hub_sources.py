@@ -13,17 +13,18 @@ import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from topogpt.config import UserError
-from topogpt.runs.folder import fsync, write_text
+from topogpt.errors import UserError
+from topogpt.files import fsync, read_json, write_text
+from topogpt.retry import PASSING, described, status, with_retries
+from topogpt.terminal import say
 from topogpt.text import sources
-from topogpt.text.sources import Unit, no_column, plan, read_json, slug
+from topogpt.text.sources import Unit, no_column, plan, slug
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 TOKENS_PER_BYTE = 0.3  # of FineWeb-Edu's parquet files, at least
@@ -119,8 +120,8 @@ class FineWeb:
                 raise OSError(f"{got} has {size} bytes, not {file['size']}")
             return got
 
-        print(f"downloading {what}", flush=True)
-        return with_retries(what, download)
+        say(f"downloading {what}")
+        return ask(what, download)
 
     def finished(self, unit: Unit) -> None:
         if self.delete and self.is_done(int(unit.name[:5])):
@@ -148,7 +149,7 @@ def list_fineweb(config: str, revision: str) -> dict:
     folder, commit = config.replace("-", "/"), find_commit(FINEWEB, revision)
     options = {"repo_type": "dataset", "revision": commit, "recursive": True}
     what = f"list of the files of {FINEWEB}, {folder}"
-    tree = with_retries(what, lambda: list(HfApi().list_repo_tree(FINEWEB, folder, **options)))
+    tree = ask(what, lambda: list(HfApi().list_repo_tree(FINEWEB, folder, **options)))
     files = [
         {"path": entry.path, "size": entry.size, "sha256": entry.lfs.sha256 if entry.lfs else None}
         for entry in sorted(tree, key=lambda entry: entry.path)
@@ -289,30 +290,27 @@ def find_commit(dataset: str, revision: str) -> str | None:
     from huggingface_hub import HfApi
 
     what = f"revision {revision} of the dataset {dataset}"
-    return with_retries(what, lambda: HfApi().dataset_info(dataset, revision=revision), 3).sha
+    return ask(what, lambda: HfApi().dataset_info(dataset, revision=revision), 3).sha
 
 
-def with_retries(what: str, call: Callable[[], Any], tries: int | None = None) -> Any:
-    """Call until it works; wait longer each time, or as long as the server asks; refusals are final."""
+def ask(what: str, call: Callable[[], Any], tries: int | None = None) -> Any:
+    """Call until it works, since any error may pass but a refusal and a full disk; raises UserError."""
     tries = tries or TRIES
-    for attempt in range(1, tries + 1):
-        try:
-            return call()
-        except Exception as error:  # of huggingface_hub, its HTTP library or the file system
-            response = getattr(error, "response", None)
-            status = getattr(response, "status_code", 0)
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise UserError(f"{what}: no space left on the disk; free some and run again") from None
-            refused = 400 <= status < 500 and status not in (408, 429)
-            if refused or type(error).__name__ == "OfflineModeIsEnabled":
-                raise UserError(f"{what} cannot be had from the Hub ({reason}); {OTHER_SOURCES}") from None
-            if attempt == tries:
-                raise UserError(
-                    f"{what} cannot be had from the Hub after {tries} tries ({reason}); check the network "
-                    f"and run the same command again to continue, {OTHER_SOURCES}"
-                ) from None
-            asked = getattr(response, "headers", {}).get("Retry-After", "")
-            delay = min(float(asked), 600) if asked.isdigit() else min(2**attempt, 60)
-            print(f"{what}: {reason[:160]}; try {attempt + 1} of {tries} in {delay:.0f} s", flush=True)
-            time.sleep(delay)
+    try:
+        return with_retries(what, call, tries=tries, may_pass=may_pass, say=say)
+    except Exception as error:  # of huggingface_hub, its HTTP library or the file system
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(f"{what}: no space left on the disk; free some and run again") from None
+        if not may_pass(error):
+            reason = described(error)
+            raise UserError(f"{what} cannot be had from the Hub ({reason}); {OTHER_SOURCES}") from None
+        raise UserError(
+            f"{what} cannot be had from the Hub after {tries} tries ({described(error)}); check the network "
+            f"and run the same command again to continue, {OTHER_SOURCES}"
+        ) from None
+
+
+def may_pass(error: Exception) -> bool:
+    refused = 400 <= (status(error) or 0) < 500 and status(error) not in PASSING
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return not (refused or full or type(error).__name__ == "OfflineModeIsEnabled")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from topogpt import rng
-from topogpt.config import UserError
+from topogpt.errors import UserError
 from topogpt.text.shards import Shard, check_shards
 
 if (

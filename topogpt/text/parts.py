@@ -29,11 +29,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from topogpt.config import UserError
-from topogpt.runs.folder import fsync, write_text
+from topogpt.errors import UserError
+from topogpt.files import fsync, read_json, write_text
+from topogpt.ranks import Place
 from topogpt.text import sources, tokenizer
 from topogpt.text.shards import header
-from topogpt.text.sources import Unit, read_json
+from topogpt.text.sources import Unit
 
 FORMAT = "topogpt-1: llm.c shards (256 int32 header, uint16 tokens), EOT before every document"
 SPLITS = ("train", "val")
@@ -41,12 +42,6 @@ REASONS = ("null", "empty", "not_text")  # to skip a document
 COPY_BYTES = 1 << 20
 WAIT_SECONDS = 1800  # rank 0 gives up when the others finish nothing for so long
 LOG_SECONDS = 10
-
-
-class Ranks(NamedTuple):
-    rank: int
-    world: int
-    local_world: int  # ranks on this machine
 
 
 class Counts(NamedTuple):
@@ -262,7 +257,7 @@ def enough(source: Any, parts: Parts, max_tokens: int | None) -> list[Unit] | No
     return None
 
 
-def wait_for_units(source: Any, parts: Parts, max_tokens: int | None, ranks: Ranks) -> list[Unit]:
+def wait_for_units(source: Any, parts: Parts, max_tokens: int | None, ranks: Place) -> list[Unit]:
     """Every unit the shards are made of, in order, once the other ranks have finished theirs."""
     t_said = t_progress = time.monotonic()
     n_before = None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from topogpt.config import UserError
+from topogpt.errors import UserError
 
 HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 MAGIC = 20240520

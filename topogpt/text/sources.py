@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from topogpt.config import UserError
-from topogpt.runs.folder import write_text
+from topogpt.errors import UserError
+from topogpt.files import write_text
 
 UNIT_BYTES = (
     8 << 20
@@ -146,15 +146,6 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"source = {path} cannot be read: {error.strerror}; correct that") from None
-
-
-def read_json(path: Path) -> dict:
-    """A file's JSON object; an empty one where there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def slug(name: str) -> str:

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from topogpt.config import UserError, run_main
+from topogpt.errors import UserError, run_main
+from topogpt.settings import N_VOCAB
 
 EOT = 50256
-N_VOCAB = 50257
 SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

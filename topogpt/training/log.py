@@ -10,15 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from topogpt.runs.folder import write_text
+from topogpt.files import write_text
 from topogpt.settings import TrainConfig
-
-
-def duration(seconds: float) -> str:
-    """1h05m, 3m20s or 12s."""
-    m, s = divmod(round(seconds), 60)
-    h, m = divmod(m, 60)
-    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 class RunLog:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from topogpt.config import UserError
+from topogpt.errors import UserError
 from topogpt.runs.folder import newest, read_state
 from topogpt.settings import TrainConfig
 from topogpt.text.loader import Corpus, open_corpus

@@ -4,13 +4,14 @@ import time
 from pathlib import Path
 
 from topogpt import topo
-from topogpt.config import UserError
 from topogpt.distributed import Ranks
+from topogpt.errors import UserError
 from topogpt.model.gpt import GPT
 from topogpt.runs.folder import TrainState
 from topogpt.settings import TrainConfig
+from topogpt.terminal import duration
 from topogpt.training import preflight
-from topogpt.training.log import RunLog, duration
+from topogpt.training.log import RunLog
 
 
 def introduce(
