@@ -20,14 +20,15 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from topogpt.config import parse
-from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.errors import UserError, run_main
 from topogpt.files import read_json, write_text
 from topogpt.ranks import Place, read_place
+from topogpt.settings import PrepareConfig
 from topogpt.text import hub_sources, tokenizer
 from topogpt.text.parts import (
     FORMAT,
@@ -52,52 +53,6 @@ SPLIT_RULE = (
 )
 VOCABULARY = tokenizer.SHA256["encoder.json"]  # it implies vocab.bpe
 LOG_SECONDS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Tokenise text into shards that train.py reads; without --source or --dataset: FineWeb-Edu sample-10BT.
-
-    A row of parquet or jsonl is a document; so is a .txt file, which is cut at blank lines every 8 MB. Which
-    documents are in val is decided by a hash of their id (of the text, where there is none), so neither their
-    order nor the number of workers or ranks matters. `--source pydoc` is Python's own documentation. Under
-    torchrun or srun the ranks divide the work. A run that was interrupted continues with the same command.
-    """
-
-    out_dir: str = "data/fineweb-edu-10B"  # gets train/*.bin, val/*.bin, manifest.json; give one per source
-    source: tuple[str, ...] = ()  # files, folders, globs (parquet; jsonl, txt, also .gz, .zst) or pydoc
-    dataset: str | None = None  # a dataset of the Hub, streamed through the package `datasets`
-    config: str | None = None  # its configuration; without --dataset: FineWeb-Edu's sample (sample-10BT)
-    split: str = "train"  # its split
-    revision: str = "main"  # of the Hub dataset; resolved to a commit, which is recorded and kept
-    text_column: str = "text"  # column or JSON key of the text
-    max_tokens: int | None = None  # stop after the document with which train + val reach this
-    shard_size: int = 100_000_000  # tokens in a shard; the last one is shorter
-    val_fraction: float | None = None  # share in val; default: 0.0005, files of --source 0.01, pydoc 0.05
-    num_proc: int | None = None  # worker processes; default: one per core
-    delete_source: bool = False  # delete each downloaded file once tokenised (never the files of --source)
-    vocab_dir: str | None = None  # holds vocab.bpe and encoder.json; default: our cache, then download
-
-    def __post_init__(self) -> None:
-        for key in ("max_tokens", "shard_size", "num_proc"):
-            if getattr(self, key) is not None:
-                check_at_least(key, getattr(self, key), 1)
-        if self.shard_size >= 2**31:
-            raise UserError(f"shard_size = {self.shard_size} does not fit a header; it must be below 2**31")
-        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
-        if self.source and self.dataset:
-            raise UserError("source and dataset exclude each other; give one of them")
-        if "pydoc" in self.source and len(self.source) > 1:
-            raise UserError("source = pydoc cannot be mixed with files; prepare them into two folders")
-        if self.delete_source and (self.source or self.dataset):
-            raise UserError("delete_source deletes downloaded files only, not those of --source, --dataset")
-        unused = ["config", "revision"] if self.source else []
-        unused += [] if self.dataset else ["split"]
-        unused += ["text_column"] if self.source == ("pydoc",) or not (self.source or self.dataset) else []
-        for key in unused:
-            if getattr(self, key) != getattr(PrepareConfig, key):
-                raise UserError(f"{key} = {getattr(self, key)} has no effect on this source; leave it out")
 
 
 def main(argv: list[str]) -> None:

@@ -3,39 +3,9 @@
 python sample.py out/topolm --prompt "The cortex"          # or out/topolm/hf, or USER/topolm from the Hub
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
-from tyro.conf import Positional
-
 from topogpt.config import parse
-from topogpt.errors import UserError, check_at_least, run_main
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Write text with a trained model: sample.py RUN [--prompt TEXT]."""
-
-    run: Positional[str]  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
-    prompt: str = ""  # text to continue; empty: a new document
-    checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
-    n_samples: int = 1  # texts to write
-    max_new_tokens: int = 200  # length of each; it ends earlier where the model ends the document
-    temperature: float = 0.8  # below 1: likelier words; 0: always the likeliest
-    top_k: int | None = 200  # draw among the k likeliest tokens only
-    top_p: float | None = None  # draw among the likeliest tokens that together reach this probability
-    seed: int = 0  # of the draws
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
-
-    def __post_init__(self) -> None:
-        for name in ("n_samples", "max_new_tokens"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("temperature", self.temperature, 0)
-        if self.top_k is not None:
-            check_at_least("top_k", self.top_k, 1)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1")
+from topogpt.errors import run_main
+from topogpt.settings import SampleConfig
 
 
 def main(argv: list[str]) -> None:

@@ -3,28 +3,20 @@
 python summary.py out/topolm
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from tyro.conf import Positional
 
 from topogpt.config import parse
 from topogpt.errors import UserError, run_main
 from topogpt.runs.folder import read_metrics
+from topogpt.settings import SummaryConfig
 
 FIGURES = {
     "cross_entropy": "cross-entropy (nats)",
     "spatial_loss": "spatial loss per sheet",
     "moran": "mean Moran's I",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class SummaryConfig:
-    """Print what a run came to, and draw its sheets before and after: summary.py RUN."""
-
-    run: Positional[str]  # folder of a run, such as out/NAME
 
 
 def main(argv: list[str]) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from tyro.conf import Positional
 
 from topogpt import topo, topography
 from topogpt.config import parse
@@ -33,7 +32,7 @@ FORMAT = "topogpt-eval-1"
 class EvalConfig:
     """What every analysis can be told."""
 
-    run: Positional[str]  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
+    run: str  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
     control: str | None = None  # its control: analysed the same way, and shown beside it
     checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
     positions: str | None = None  # for a model without: identity, permuted, or a folder with a topography

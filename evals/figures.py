@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tyro.conf import Positional
 
 from evals.common import need, read, read_arrays, results_folder
 from evals.contrasts import SMOOTHED
@@ -38,7 +37,7 @@ STYLE = {
 class FiguresConfig:
     """Draw the figures of all analyses of a run again: python -m evals.figures RUN [--control RUN]."""
 
-    run: Positional[str]  # a run, an exported folder, or a name on the Hub that was analysed here
+    run: str  # a run, an exported folder, or a name on the Hub that was analysed here
     control: str | None = None  # its control, drawn beside it
     results_dir: str | None = None  # folder of the results; None: evals/ inside the run or folder
 

@@ -232,7 +232,7 @@ def parameters(cfg: GPTConfig) -> tuple[int, int]:
 
 def test_every_setting_is_read_somewhere():
     read_names = set()
-    for path in [*tiny.ROOT.glob("*.py"), *tiny.ROOT.glob("bench/*.py")]:
+    for path in [*tiny.ROOT.glob("*.py"), *tiny.ROOT.glob("topogpt/**/*.py")]:
         if path.name == "settings.py":  # its own checks do not count
             continue
         for node in ast.walk(ast.parse(path.read_text())):
@@ -245,7 +245,7 @@ def test_every_setting_is_read_somewhere():
 
 
 def test_every_setting_has_a_trailing_comment():
-    source = (tiny.ROOT / "settings.py").read_text()
+    source = (tiny.ROOT / "topogpt" / "settings.py").read_text()
     lines = source.splitlines()
     seen = 0
     for node in ast.parse(source).body:

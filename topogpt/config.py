@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from topogpt.errors import UserError
 
@@ -23,21 +23,21 @@ Config = TypeVar("Config")
 def parse(cls: type[Config], argv: list[str], *, prog: str | None = None) -> Config:
     """Build `cls` from `[file.yaml] [--flag value ...]`; raise UserError on unknown keys and wrong values.
 
-    A class with positional fields (tyro.conf.Positional) takes no file. Prints the help and exits with code 0
-    where `--help` is among the arguments.
+    A field without a default is given by its place, not by a flag; a class with such fields takes no file.
+    Prints the help and exits with code 0 where `--help` is among the arguments.
     """
     import tyro
 
     known = dict(flag_names(cls))
-    positional = any(get_origin(f.type) is Annotated for f in known.values())
+    n_by_place = sum(f.default is f.default_factory is dataclasses.MISSING for f in known.values())
     groups: list[Given] = []
-    if not positional and argv and not argv[0].startswith("-"):
+    if not n_by_place and argv and not argv[0].startswith("-"):
         groups, argv = yaml_arguments(Path(argv[0]), known), argv[1:]
     for arg in argv:
         if is_flag(arg):
             check_known(arg.partition("=")[0].removeprefix("--"), known, where="command line")
             groups.append(Given("command line", [arg]))
-        elif not positional and arg.endswith((".yaml", ".yml")) and Path(arg).is_file():
+        elif not n_by_place and arg.endswith((".yaml", ".yml")) and Path(arg).is_file():
             raise UserError(f"command line: the config file {arg} must come first, before the flags")
         elif groups and groups[-1].where == "command line":
             groups[-1].arguments.append(arg)
@@ -46,12 +46,19 @@ def parse(cls: type[Config], argv: list[str], *, prog: str | None = None) -> Con
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             arguments = [a for group in groups for a in group.arguments]
-            return tyro.cli(cls, args=arguments, prog=prog, use_underscores=True)
+            return tyro.cli(cls, args=arguments, prog=prog, use_underscores=True, config=by_place())
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            explain(cls, groups, known, ["-"] if positional else [])
+            explain(cls, groups, known, ["-"] * n_by_place)
             raise UserError(f"command line: {first_sentence(said.getvalue())}") from None
+
+
+def by_place() -> tuple:
+    """What makes tyro take fields without a default by their place, and call them by their name."""
+    import tyro
+
+    return (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
 
 
 class Given(NamedTuple):
@@ -73,7 +80,13 @@ def explain(cls: type, groups: list[Given], known: dict[str, dataclasses.Field],
         if not is_flag(arguments[0]):
             continue
         try:
-            tyro.cli(cls, args=before + arguments, use_underscores=True, console_outputs=False)
+            tyro.cli(
+                cls,
+                args=before + arguments,
+                use_underscores=True,
+                console_outputs=False,
+                config=by_place(),
+            )
         except UserError:
             pass  # its value is understood; what it clashes with is another matter
         except SystemExit:

@@ -1,4 +1,4 @@
-"""Every setting of a training run: its name, default and meaning. The defaults are TopoLM's."""
+"""Every setting of every script: its name, default and meaning; without a default it is given by place."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,3 +179,95 @@ class TrainConfig:
                 f"fit the {h}x{w} of model.n_embd = {self.model.n_embd}; try --topo.radius "
                 f"{(min(h, w) + 1) // 2}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Tokenise text into shards that train.py reads; without --source or --dataset: FineWeb-Edu sample-10BT.
+
+    A row of parquet or jsonl is a document; so is a .txt file, which is cut at blank lines every 8 MB. Which
+    documents are in val is decided by a hash of their id (of the text, where there is none), so neither their
+    order nor the number of workers or ranks matters. `--source pydoc` is Python's own documentation. Under
+    torchrun or srun the ranks divide the work. A run that was interrupted continues with the same command.
+    """
+
+    out_dir: str = "data/fineweb-edu-10B"  # gets train/*.bin, val/*.bin, manifest.json; give one per source
+    source: tuple[str, ...] = ()  # files, folders, globs (parquet; jsonl, txt, also .gz, .zst) or pydoc
+    dataset: str | None = None  # a dataset of the Hub, streamed through the package `datasets`
+    config: str | None = None  # its configuration; without --dataset: FineWeb-Edu's sample (sample-10BT)
+    split: str = "train"  # its split
+    revision: str = "main"  # of the Hub dataset; resolved to a commit, which is recorded and kept
+    text_column: str = "text"  # column or JSON key of the text
+    max_tokens: int | None = None  # stop after the document with which train + val reach this
+    shard_size: int = 100_000_000  # tokens in a shard; the last one is shorter
+    val_fraction: float | None = None  # share in val; default: 0.0005, files of --source 0.01, pydoc 0.05
+    num_proc: int | None = None  # worker processes; default: one per core
+    delete_source: bool = False  # delete each downloaded file once tokenised (never the files of --source)
+    vocab_dir: str | None = None  # holds vocab.bpe and encoder.json; default: our cache, then download
+
+    def __post_init__(self) -> None:
+        for key in ("max_tokens", "shard_size", "num_proc"):
+            if getattr(self, key) is not None:
+                check_at_least(key, getattr(self, key), 1)
+        if self.shard_size >= 2**31:
+            raise UserError(f"shard_size = {self.shard_size} does not fit a header; it must be below 2**31")
+        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
+        if self.source and self.dataset:
+            raise UserError("source and dataset exclude each other; give one of them")
+        if "pydoc" in self.source and len(self.source) > 1:
+            raise UserError("source = pydoc cannot be mixed with files; prepare them into two folders")
+        if self.delete_source and (self.source or self.dataset):
+            raise UserError("delete_source deletes downloaded files only, not those of --source, --dataset")
+        unused = ["config", "revision"] if self.source else []
+        unused += [] if self.dataset else ["split"]
+        unused += ["text_column"] if self.source == ("pydoc",) or not (self.source or self.dataset) else []
+        for key in unused:
+            if getattr(self, key) != getattr(PrepareConfig, key):
+                raise UserError(f"{key} = {getattr(self, key)} has no effect on this source; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Write text with a trained model: sample.py RUN [--prompt TEXT]."""
+
+    run: str  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
+    prompt: str = ""  # text to continue; empty: a new document
+    checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
+    n_samples: int = 1  # texts to write
+    max_new_tokens: int = 200  # length of each; it ends earlier where the model ends the document
+    temperature: float = 0.8  # below 1: likelier words; 0: always the likeliest
+    top_k: int | None = 200  # draw among the k likeliest tokens only
+    top_p: float | None = None  # draw among the likeliest tokens that together reach this probability
+    seed: int = 0  # of the draws
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
+
+    def __post_init__(self) -> None:
+        for name in ("n_samples", "max_new_tokens"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("temperature", self.temperature, 0)
+        if self.top_k is not None:
+            check_at_least("top_k", self.top_k, 1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryConfig:
+    """Print what a run came to, and draw its sheets before and after: summary.py RUN."""
+
+    run: str  # folder of a run, such as out/NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a checkpoint as a folder for stock transformers: export.py RUN [--push_to_hf [USER/NAME]]."""
+
+    run: str  # folder of a run, such as out/NAME
+    checkpoint: str = "best"  # best, last or step-N
+    out: str | None = None  # folder to write; None: RUN/hf
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored weights
+    push_to_hf: str | None = None  # push to this repository of the Hub: USER/NAME; bare: YOU/(name of RUN)
+    private: bool = False  # make a new repository private
+    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched

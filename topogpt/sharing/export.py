@@ -13,16 +13,14 @@ are compared with ours.
 import json
 import shlex
 import shutil
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from tyro.conf import Positional
+from typing import TYPE_CHECKING, Any
 
 from topogpt.config import parse
 from topogpt.errors import UserError
 from topogpt.files import fsync, permit
-from topogpt.settings import GPTConfig
+from topogpt.settings import ExportConfig, GPTConfig
 from topogpt.sharing import push as hub
 
 if TYPE_CHECKING:
@@ -32,19 +30,6 @@ if TYPE_CHECKING:
 
 # Fields of GPTConfig that a GPT2LMHeadModel can express, or that do not change what the model computes.
 EXPRESSIBLE = set("n_layer n_head n_embd block_size vocab_size dropout bias gelu post_residual".split())
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Write a checkpoint as a folder for stock transformers: export.py RUN [--push_to_hf [USER/NAME]]."""
-
-    run: Positional[str]  # folder of a run, such as out/NAME
-    checkpoint: str = "best"  # best, last or step-N
-    out: str | None = None  # folder to write; None: RUN/hf
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored weights
-    push_to_hf: str | None = None  # push to this repository of the Hub: USER/NAME; bare: YOU/(name of RUN)
-    private: bool = False  # make a new repository private
-    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
 
 
 def main(argv: list[str]) -> None:

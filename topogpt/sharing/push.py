@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tyro.conf import Positional
-
 from topogpt.config import parse
 from topogpt.errors import UserError, run_main
 from topogpt.retry import PASSING, status, with_retries
@@ -43,8 +41,8 @@ class PushFailed(UserError):
 class PushConfig:
     """Push an exported folder to the Hugging Face Hub: hub.py FOLDER USER/NAME [--private]."""
 
-    folder: Positional[str]  # exported folder, such as out/NAME/hf
-    repo: Positional[str]  # repository: USER/NAME, or NAME of yours
+    folder: str  # exported folder, such as out/NAME/hf
+    repo: str  # repository: USER/NAME, or NAME of yours
     private: bool = False  # make a new repository private
 
 
