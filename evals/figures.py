@@ -216,10 +216,7 @@ def draw_topography(found: Sequence[Result]) -> list[tuple[str, "Figure"]]:
             "topography-maps",
             draw_maps(maps, f"One token, {token!r}, on every sheet", "activation (sd of its sheet)", 2.5),
         ),
-        (
-            "topography-moran",
-            draw_moran(found, "Moran's I of single-token maps"),
-        ),
+        ("topography-moran", draw_moran(found, "Moran's I of single-token maps")),
         ("topography-distance", figure),
     ]
 
@@ -295,10 +292,7 @@ def draw_localize(found: Sequence[Result]) -> list[tuple[str, "Figure"]]:
             "localize-maps",
             draw_maps(maps, "Sentences - nonwords; outlined: the language network", "t (Welch)"),
         ),
-        (
-            "localize-moran",
-            draw_moran(found, "Moran's I of t-maps: sentences - nonwords"),
-        ),
+        ("localize-moran", draw_moran(found, "Moran's I of t-maps: sentences - nonwords")),
     ]
     if all(r.results["profiles"] for r in found):
         figure = new_figure(1.1 + 1.9 * len(found), 2.4)

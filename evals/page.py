@@ -159,11 +159,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 270, 52, 14, 34, 44  # of a chart
 
 
 def line_chart(
-    title: str,
-    y_label: str,
-    lines: Sequence[Line],
-    level: Level | None = None,
-    skip: float = 0.0,
+    title: str, y_label: str, lines: Sequence[Line], level: Level | None = None, skip: float = 0.0
 ) -> Html:
     """Lines over tokens of training, as SVG.
 

@@ -81,11 +81,7 @@ def explain(cls: type, groups: list[Given], known: dict[str, dataclasses.Field],
             continue
         try:
             tyro.cli(
-                cls,
-                args=before + arguments,
-                use_underscores=True,
-                console_outputs=False,
-                config=by_place(),
+                cls, args=before + arguments, use_underscores=True, console_outputs=False, config=by_place()
             )
         except UserError:
             pass  # its value is understood; what it clashes with is another matter

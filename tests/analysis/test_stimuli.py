@@ -358,10 +358,7 @@ def test_a_contrast_needs_two_items_on_either_side(tmp_path, conditions, few):
 @pytest.mark.parametrize(
     "more, reason",
     [
-        (
-            [],
-            "has no positions of its units; give --positions identity (unit i in cell i), permuted, or",
-        ),
+        ([], "has no positions of its units; give --positions identity (unit i in cell i), permuted, or"),
         (["--positions", "random"], "positions: random is neither a folder"),
         (["--positions", "EMPTY"], "holds no topography"),
         (["--positions", "OTHER"], "are of 2 sheets of 16 units, but"),

@@ -77,12 +77,7 @@ def has_token() -> bool:
 
 
 def push(
-    folder: str | Path,
-    repo_id: str,
-    private: bool = False,
-    step: int | None = None,
-    *,
-    say: Say = print,
+    folder: str | Path, repo_id: str, private: bool = False, step: int | None = None, *, say: Say = print
 ) -> str:
     """Make repo_id hold the exported folder, tagged step-N, and return its address; raises PushFailed.
 
