@@ -21,7 +21,7 @@ from topogpt.config import parse
 from topogpt.errors import UserError
 from topogpt.runs import checkpoint
 from topogpt.runs.checkpoint import load_run
-from topogpt.runs.folder import TrainState
+from topogpt.runs.state import TrainState
 from topogpt.settings import TrainConfig
 from topogpt.training import maps
 from topogpt.training.objective import Objective

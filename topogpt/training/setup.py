@@ -19,7 +19,7 @@ from topogpt.errors import UserError
 from topogpt.files import write_json, write_text
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.runs import checkpoint, folder, provenance
-from topogpt.runs.folder import TrainState
+from topogpt.runs.state import TrainState
 from topogpt.settings import TrainConfig
 from topogpt.sharing.load import initial
 from topogpt.spatial.layout import sheet_positions
