@@ -163,19 +163,6 @@ def test_openstax_gives_the_counts_of_a_naive_loop(tmp_path, gpt2, monkeypatch):
     check_against_naive(tmp_path / "out", manifest, [Document(*row) for row in rows], gpt2)
 
 
-def test_python_documentation_is_in_order_and_runs_no_module():
-    documents = list(sources.python_documents())
-    assert {"antigravity", "this", "turtledemo.clock", "idlelib.idle"}.isdisjoint(sys.modules)
-    names = [name for name, _ in documents]
-    modules = [name for name in names if name.startswith("module/")]
-    assert len(set(names)) == len(names) and modules == sorted(modules)
-    assert {"topic/lambda", "module/json/decoder.py", "module/argparse.py"} <= set(names)
-    assert not [name for name in names if "/test/" in name or "site-packages" in name]
-    text = dict(documents)["module/json/decoder.py"]
-    assert "function JSONDecoder.decode" in text
-    assert sum(len(text) for _, text in documents) > 1_500_000
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="measures the peak memory as Linux counts it")
 def test_one_enormous_row_group_is_read_in_little_memory(tmp_path):
     text = "".join(random.Random(0).choices("abcdefgh ", k=50_000))

@@ -1,9 +1,10 @@
 """Tokens from disk to device: shards and their checks, one stream over them, and the order of its windows.
 
-    corpus = open_corpus(["data/fineweb-edu-10B/train"], key="train_data_dir", vocab_size=50304)
+    corpus = open_corpus(["data/fineweb-edu-10B/train"], key="train_data_dir", vocab_size=cfg.vocab_size)
     with TokenLoader(corpus, block_size=1024, batch_size=512, per_device_batch_size=16, seed=0) as loader:
         for micro_batches in loader.steps(start_step=0): ...
- The sequences of optimiser step s are a pure function of (shards, seed, s): no iterator state needs saving,
+
+The sequences of optimiser step s are a pure function of (shards, seed, s): no iterator state needs saving,
 and neither the number of ranks nor resumption changes the order. What a shard is, and how it is checked:
 shards.py.
 """
@@ -23,9 +24,8 @@ from topogpt import rng
 from topogpt.errors import UserError
 from topogpt.text.shards import Shard, check_shards
 
-if (
-    TYPE_CHECKING
-):  # torch takes seconds to import: what needs it imports it, so mistakes in the data answer at once
+# torch takes seconds to import: what needs it imports it, so mistakes in the data answer at once
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
