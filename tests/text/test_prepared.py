@@ -1,5 +1,6 @@
-"""The prepared folder: one process at a time, no other shards, room on the disk."""
+"""The prepared folder: one process at a time, no other shards, room on the disk, what its manifest names."""
 
+import os
 from collections import namedtuple
 from pathlib import Path
 
@@ -47,3 +48,11 @@ def test_a_folder_with_other_shards_is_refused_and_kept(tmp_path, corpus):
         run(tmp_path / "foreign", "--source", corpus)
     after = {name: sha256 for name, sha256 in bytes_of(tmp_path / "out").items() if ".parts" not in name}
     assert after == before and (tmp_path / "foreign" / "train" / "x.bin").exists()
+
+
+def test_a_file_whose_name_is_no_utf_8_is_prepared_and_named(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("one")
+    for _ in range(2):  # the second finds the manifest as it was written
+        manifest = run(tmp_path / "out", "--source", tmp_path / name)
+    assert [file["name"] for file in manifest["source"]["files"]] == [name]
