@@ -66,7 +66,7 @@ class Bench:
 
     def steps(self, train: TrainConfig | None = None) -> Iterator:
         """Micro-batches of each step of a run, from train.py's loader."""
-        from topogpt.text.loader import TokenLoader, open_corpus
+        from topogpt.text.loader import Share, TokenLoader, open_corpus
 
         train = train or self.train
         vocab, block = train.model.vocab_size, train.model.block_size
@@ -76,7 +76,7 @@ class Bench:
             folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
             corpus = random_corpus(folder, 8 * train.batch_size * block + 1, min(vocab, N_VOCAB))
         size = {"batch_size": train.batch_size, "per_device_batch_size": train.per_device_batch_size}
-        loader = TokenLoader(corpus, block_size=block, **size, seed=0, device=self.device)
+        loader = TokenLoader(corpus, block_size=block, **size, seed=0, ranks=Share(device=self.device))
         return self.stack.enter_context(loader).steps(0)
 
     def trainer(self, name: str):

@@ -14,7 +14,7 @@ from texts import ROOT, numbered, write_shard
 
 from topogpt.errors import UserError
 from topogpt.text import loader as data
-from topogpt.text.loader import TokenLoader, fixed_batches
+from topogpt.text.loader import Share, TokenLoader, fixed_batches
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_the_ranks_together_hold_the_single_rank_s_batch(tmp_path, world):
         together = [
             b
             for rank in range(world)
-            for b in loader(corpus, batch_size=12, rank=rank, world=world).step(step)
+            for b in loader(corpus, batch_size=12, ranks=Share(rank, world)).step(step)
         ]
         assert sorted(b.index for b in together) == list(range(6))
         for b in together:
@@ -109,7 +109,7 @@ def test_the_ranks_together_hold_the_single_rank_s_batch(tmp_path, world):
 def test_validation_reads_the_same_tokens_for_any_number_of_ranks(tmp_path, world):
     corpus = numbered(tmp_path, 30, 31, 40)
     options = {"n_tokens": 30, "block_size": 4, "per_device_batch_size": 2}
-    shares = [list(fixed_batches(corpus, rank=rank, world=world, **options)) for rank in range(world)]
+    shares = [list(fixed_batches(corpus, ranks=Share(rank, world), **options)) for rank in range(world)]
     assert [b.index for b in shares[0]] == list(range(0, 4, world))
     batches = sorted((b for share in shares for b in share), key=lambda b: b.index)
     assert torch.cat([b.tokens for b in batches]).flatten().tolist() == list(range(28))
@@ -205,7 +205,7 @@ def test_opening_a_corpus_does_not_import_torch(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_cuda_the_batches_arrive_on_the_device(tmp_path):
     corpus = numbered(tmp_path, 101)
-    with loader(corpus, device="cuda") as loading:
+    with loader(corpus, ranks=Share(device="cuda")) as loading:
         for step, batches in enumerate(itertools.islice(loading.steps(0), 5)):
             for got, expected in zip(batches, loader(corpus).step(step), strict=True):
                 assert got.tokens.is_cuda and torch.equal(got.targets.cpu(), expected.targets)
