@@ -177,9 +177,8 @@ def peak_memory(trainer: "Trainer", steps: Iterator[list["MicroBatch"]], ranks) 
         torch.cuda.reset_peak_memory_stats(ranks.device)
     for _ in range(2):
         trainer.step(next(steps))
-    status = Path(
-        "/proc/self/status"
-    )  # getrusage() would count the memory of the process that started this one
+    # getrusage() would count the memory of the process that started this one
+    status = Path("/proc/self/status")
     if ranks.device.type != "cuda" and status.exists():
         return 1024.0 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return ranks.peak_memory()
