@@ -275,7 +275,7 @@ class SummaryConfig:
 class ExportConfig:
     """Write a checkpoint as a folder for stock transformers: export.py RUN [--push_to_hf [USER/NAME]]."""
 
-    run: str  # folder of a run, such as out/NAME
+    run: str  # folder of a run (out/NAME); or an exported folder, to push it
     checkpoint: str = "best"  # best, last or step-N
     out: str | None = None  # folder to write; None: RUN/hf
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored weights
