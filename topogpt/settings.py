@@ -232,6 +232,13 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VocabularyConfig:
+    """Find or fetch GPT-2's vocabulary, and say where it lies: python -m topogpt.text.vocabulary."""
+
+    vocab_dir: str | None = None  # holds vocab.bpe and encoder.json; default: our cache, then download
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Write text with a trained model: sample.py RUN [--prompt TEXT]."""
 

@@ -87,16 +87,14 @@ def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: Checked, state: Tra
 
 
 def token_loader(t: Training, corpora: Checked) -> TokenLoader:
-    cfg, ranks = t.cfg, t.ranks
+    cfg = t.cfg
     return TokenLoader(
         corpora.train,
         block_size=cfg.model.block_size,
         batch_size=cfg.batch_size,
         per_device_batch_size=cfg.per_device_batch_size,
         seed=cfg.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=ranks.device,
+        ranks=t.ranks,
     )
 
 
