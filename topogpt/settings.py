@@ -182,6 +182,13 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostConfig(TrainConfig):
+    """Say what a config of train.py costs: model.py [config.yaml] [--flag value ...]."""
+
+    run_name: str = "model"  # plays no part here
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Tokenise text into shards that train.py reads; without --source or --dataset: FineWeb-Edu sample-10BT.
 
