@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from topogpt.config import parse
 from topogpt.errors import run_main
-from topogpt.model.cost import Cost
-from topogpt.settings import CostConfig
+from topogpt.model.cost import TOKENIZER_BYTES, Cost
+from topogpt.settings import N_VOCAB, CostConfig
 from topogpt.terminal import cell, print_table, say
 from topogpt.topo import grid_shape
 
@@ -97,9 +97,10 @@ def show_memory(cost: Cost) -> None:
     head = ["per_device_batch_size", "weights, moments", "casts", "activations", "losses", "memory of a step"]
     print_table(head, rows)
     say(
-        f"(estimates, in {cost.dtype} on {'a GPU' if cost.device == 'cuda' else 'the CPU'}, not compiled; what "
-        "CUDA and its allocator hold comes on top.\nweights, moments: 16 B a parameter, its gradient too; "
-        "casts: weights in bfloat16;\nlosses: a chunk of logits and its gradient, and what the sheets show)"
+        f"(an estimate, in {cost.dtype} on {'a GPU' if cost.device == 'cuda' else 'the CPU'}, not compiled; "
+        "what CUDA and its allocator hold comes on top.\n"
+        "weights, moments: 16 B a parameter, its gradient too; casts: weights in bfloat16;\n"
+        "losses: a chunk of logits and its gradient, and what the sheets show)"
     )
 
 
@@ -108,8 +109,9 @@ def show_files(cost: Cost) -> None:
     rows = [[f"checkpoints/step-N/{name}", size(n)] for name, n in checkpoint.items()]
     kept = cost.cfg.keep_last + 1
     rows += [[f"{kept} checkpoints: keep_last and the best", size(kept * sum(checkpoint.values()))]]
+    words = TOKENIZER_BYTES if cost.cfg.model.vocab_size >= N_VOCAB else 0
     for dtype in ("float32", "bfloat16"):
-        rows += [[f"hf/, exported in {dtype}", size(sum(cost.export_files(dtype).values()))]]
+        rows += [[f"hf/, exported in {dtype}", size(sum(cost.export_files(dtype).values()) + words)]]
     print_table(["on disk", ""], rows)
 
 

@@ -261,10 +261,12 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummaryConfig:
-    """Print what a run came to, and draw its sheets before and after: summary.py RUN."""
+class MapConfig:
+    """Show what a run came to, and its map: topo.py RUN."""
 
-    run: str  # folder of a run, such as out/NAME
+    run: str  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
+    checkpoint: str = "best"  # of a run: best, last or step-N
+    draw: bool = False  # draw the sheets of the first and this step side by side, too (takes matplotlib)
 
 
 @dataclass(frozen=True, kw_only=True)

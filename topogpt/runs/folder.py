@@ -11,9 +11,13 @@ import json
 import math
 import os
 import shutil
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from topogpt.errors import UserError
 
@@ -73,6 +77,23 @@ def read_metrics(run: Path, split: str) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         pass  # what was read until there counts
     return [record for record in records if record.get("split") == split]
+
+
+def read_maps(run: Path, step: int) -> dict[str, np.ndarray] | None:
+    """Maps of single tokens at an evaluation, sheet -> (n_maps, h, w); None where they were not kept."""
+    path = run / "maps" / f"step-{step:06d}.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = dict(arrays)
+        if not found or len({a.shape for a in found.values()}) > 1 or next(iter(found.values())).ndim != 3:
+            raise ValueError("not the maps of sheets")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"maps {path} are damaged: {' '.join(str(error).split())}; delete the file to go on without them"
+        ) from None
+    return found
 
 
 def prune(run: Path, keep_last: int) -> None:

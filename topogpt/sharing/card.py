@@ -5,11 +5,10 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from topogpt import topo
 from topogpt.runs.folder import read_metrics
 from topogpt.settings import N_VOCAB
+from topogpt.topo import N_NOISE, noise_floor
 
 # What is known about data sets: name on the Hub -> title, licence (the Hub's name for it), licence in words.
 LICENCES = {
@@ -17,7 +16,6 @@ LICENCES = {
     "HuggingFaceFW/fineweb": ("FineWeb", "odc-by", "ODC-By 1.0"),
 }
 ASK = "not recorded with the run; ask whoever trained it"
-N_NOISE = 500  # white-noise maps whose Moran's I is the floor
 
 TOPOLM = """@inproceedings{rathi2025topolm,
   title={TopoLM: brain-like spatio-functional organization in a topographic language model},
@@ -328,12 +326,6 @@ def picture_of(run: Path, step: int) -> Path | None:
         if path.is_file():
             return path
     return None
-
-
-def noise_floor(h: int, w: int) -> tuple[float, float]:
-    """Mean and standard deviation of Moran's I of white noise on a grid."""
-    found = topo.morans_i(np.random.default_rng(0).standard_normal((N_NOISE, h, w)))
-    return float(np.nanmean(found)), float(np.nanstd(found))
 
 
 def perplexity(cross_entropy: float) -> float:
