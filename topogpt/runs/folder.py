@@ -85,7 +85,7 @@ def read_maps(run: Path, step: int) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = dict(arrays)
         if not found or len({a.shape for a in found.values()}) > 1 or next(iter(found.values())).ndim != 3:
             raise ValueError("not the maps of sheets")
