@@ -60,6 +60,7 @@ def show_flops(cost: Cost) -> None:
     cfg = cost.cfg
     step = cfg.batch_size * cfg.model.block_size
     say(f"as MFU counts them: 6N + 12 L C T = {mega(cost.palm_flops)} (PaLM, app. B; N without positions)")
+    say("(2 a multiplication with its addition; attention in full, though causal masking leaves half of it)")
     say(
         f"a step of {step:,} tokens: {step * cost.training_flops:.2e} FLOPs; {cfg.max_steps:,} steps, "
         f"if none stops early: {cfg.max_steps * step * cost.training_flops:.2e}"

@@ -191,6 +191,9 @@ def show_run(found: Found) -> None:
             f"{settings.get('run_name')}: a GPT of {model['n_layer']} layers, {model['n_embd']} wide; "
             f"spatial loss: {loss['loss']}{weight}"
         )
+    if found.records:
+        last = found.records[-1]
+        say(f"trained for {last['step']:,} steps on {last.get('tokens', 0):,} tokens")
     h, w = grid_of(found)
     if known is None:
         say(f"sheets: {h}x{w} units; there is no checkpoint yet that keeps their positions")
@@ -203,9 +206,6 @@ def show_run(found: Found) -> None:
     kind = f"{known.kind}{seed}" if given else "of their own, taken from where the run started (init_from)"
     n = len(known.positions)
     say(f"sheets: {n} of {h}x{w} units, {n * h * w:,} in all; positions: {kind}")
-    if found.records:
-        last = found.records[-1]
-        say(f"trained for {last['step']:,} steps on {last.get('tokens', 0):,} tokens")
 
 
 def show_figures(found: Found, floor: tuple[float, float]) -> None:
@@ -219,9 +219,13 @@ def show_figures(found: Found, floor: tuple[float, float]) -> None:
     heads = [f"step {s:,}" + (f" ({found.named})" if s == is_chosen else "") for s in steps]
     rows = []
     for key, name in FIGURES.items():
-        noise = f"{floor[0]:.3f} +- {floor[1]:.3f}" if key == "moran" else ""
+        noise = shown_floor(floor) if key == "moran" else ""
         rows.append([name, *(shown[s].get(key) for s in steps), noise])
     print_table(["on validation text", *heads, "white noise"], rows)
+
+
+def shown_floor(floor: tuple[float, float]) -> str:
+    return f"{round(floor[0], 3) + 0.0:.3f} +- {floor[1]:.3f}"  # no -0.000
 
 
 def show_sheets(found: Found, floor: tuple[float, float]) -> None:
@@ -240,7 +244,7 @@ def show_sheets(found: Found, floor: tuple[float, float]) -> None:
         layer, _, branch = sheet.rpartition(".")
         rows.setdefault(layer, {})[branch] = by_sheet[sheet]
         branches += [branch] if branch not in branches else []
-    noise = f"{floor[0]:.3f} +- {floor[1]:.3f}"
+    noise = shown_floor(floor)
     lines = [[layer, *(values.get(b) for b in branches), noise] for layer, values in rows.items()]
     print_table(["sheet", *branches, "white noise"], lines)
 
@@ -251,7 +255,8 @@ def show_maps(maps: Mapping[str, np.ndarray], step: int) -> None:
     w = next(iter(maps.values())).shape[-1]
     wide = max(w if colours else 2 * w, len(max(names, key=len)))
     across = min(len(names), max(1, (shutil.get_terminal_size((80, 24)).columns + 2) // (wide + 2)))
-    chosen = [names[i] for i in np.linspace(0, len(names) - 1, across).round().astype(int)]
+    spread = np.linspace(0, len(names) - 1, across) if across > 1 else [len(names) // 2]
+    chosen = [names[round(i)] for i in spread]
     columns = [sheet_lines(name, maps[name][-1], wide, colours) for name in chosen]
     say(
         f"maps of the last token at step {step:,}, each under its own Moran's I; "
@@ -280,7 +285,9 @@ def show_files(found: Found, cfg: MapConfig) -> None:
     if found.maps is None:
         say(f"maps of step {step:,}: not there any more ({run}/maps/step-{step:06d}.npz)")
     path = run / "maps" / f"step-{step:06d}.png"
-    say(f"picture:          {path if path.is_file() else 'none: matplotlib was not installed in training'}")
+    say(
+        f"picture:          {path if path.is_file() else 'none was drawn in training, which takes matplotlib'}"
+    )
     if cfg.draw:
         say(f"before and after: {draw_before_and_after(found)}")
     say(f"all of it:        {run}/ (metrics.jsonl, log.txt, maps/, best/, last/)")

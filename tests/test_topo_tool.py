@@ -60,7 +60,7 @@ def test_figures_of_the_first_and_last_evaluation(run, capsys):
 
 
 def test_every_sheets_moran_stands_beside_its_floor(run, capsys):
-    said, floor = said_of(capsys, run, "--checkpoint", "last"), f"{FLOOR[0]:.3f} +- {FLOOR[1]:.3f}"
+    said, floor = said_of(capsys, run, "--checkpoint", "last"), script.shown_floor(FLOOR)
     value = records(run)[-1]["moran_by_sheet"]
     for layer in ("layer.0", "layer.1"):
         row = next(line for line in said.splitlines() if line.startswith(layer + " "))
@@ -140,7 +140,7 @@ def test_an_exported_folder_says_what_it_has_and_what_it_has_not(run, tmp_path, 
     shutil.copy(run / "config.yaml", folder / "training_config.yaml")
     said = said_of(capsys, folder)
     assert "looked-at: a GPT of 2 layers, 16 wide; spatial loss: topolm, weight 2.5" in said
-    assert "(exported)" in said and f"{FLOOR[0]:.3f} +- {FLOOR[1]:.3f}" in said
+    assert "(exported)" in said and script.shown_floor(FLOOR) in said
     with pytest.raises(UserError, match="only a run keeps its maps as arrays"):
         script.main([str(folder), "--draw"])
 
