@@ -78,16 +78,16 @@ def show_sheets(cost: Cost) -> None:
 
 def show_bytes(cost: Cost) -> None:
     cfg = cost.cfg
-    micro_step = cfg.per_device_batch_size * cfg.model.block_size
+    step = cfg.batch_size * cfg.model.block_size
     rows = [
         ["read as text: a uint16 of a shard", "2 B"],
         [f"kept for the backward pass ({cost.dtype})", size(cost.kept_per_token + cost.shown_per_token)],
         ["fp32 weights, for each token generated", size(4 * cost.n_parameters)],
         ["keys and values, once it is generated", size(cost.cache_per_token)],
-        ["AdamW: 16 B read, 12 B written a parameter", size(28 * cost.n_parameters / micro_step)],
+        ["AdamW: 16 B read, 12 B written a parameter", size(28 * cost.n_parameters / step)],
     ]
     print_table(["bytes per token", ""], rows)
-    say(f"(AdamW's is per token of a step of {micro_step:,} tokens on one device)")
+    say(f"(AdamW's on one device, where each optimiser step is {step:,} tokens; on n devices n times that)")
 
 
 def show_memory(cost: Cost) -> None:

@@ -285,9 +285,7 @@ def show_files(found: Found, cfg: MapConfig) -> None:
     if found.maps is None:
         say(f"maps of step {step:,}: not there any more ({run}/maps/step-{step:06d}.npz)")
     path = run / "maps" / f"step-{step:06d}.png"
-    say(
-        f"picture:          {path if path.is_file() else 'none was drawn in training, which takes matplotlib'}"
-    )
+    say(f"picture:          {path if path.is_file() else 'none was drawn; that takes matplotlib'}")
     if cfg.draw:
         say(f"before and after: {draw_before_and_after(found)}")
     say(f"all of it:        {run}/ (metrics.jsonl, log.txt, maps/, best/, last/)")

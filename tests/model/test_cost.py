@@ -217,6 +217,7 @@ def test_what_it_says_of_topolm(capsys):
         "sheets: 24 of 28x28 units, 18,816 units in all",
         "400 of 81 units (9x9) a sheet, 5 of them",
         "2 checkpoints: keep_last and the best",
+        "written a parameter    3.7 kB",  # 28 B of 128,771,216 parameters over 983,040 tokens
     ):
         assert words in said
     batches = [line.split()[0] for line in said.splitlines() if line[:1].isdigit()]
