@@ -81,7 +81,7 @@ def show_bytes(cost: Cost) -> None:
     step = cfg.batch_size * cfg.model.block_size
     rows = [
         ["read as text: a uint16 of a shard", "2 B"],
-        [f"kept for the backward pass ({cost.dtype})", size(cost.kept_per_token + cost.shown_per_token)],
+        [f"kept for the backward pass ({cost.dtype})", size(cost.kept_per_token)],
         ["fp32 weights, for each token generated", size(4 * cost.n_parameters)],
         ["keys and values, once it is generated", size(cost.cache_per_token)],
         ["AdamW: 16 B read, 12 B written a parameter", size(28 * cost.n_parameters / step)],
