@@ -10,8 +10,12 @@ Nothing here imports torch, so that preflight.py can look into a run at once.
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from topogpt.errors import UserError
 from topogpt.runs.state import TrainState
@@ -45,6 +49,23 @@ def read_metrics(run: Path, split: str) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         pass  # what was read until there counts
     return [record for record in records if record.get("split") == split]
+
+
+def read_maps(run: Path, step: int) -> dict[str, np.ndarray] | None:
+    """Maps of single tokens at an evaluation, sheet -> (n_maps, h, w); None where they were not kept."""
+    path = run / "maps" / f"step-{step:06d}.npz"
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = dict(arrays)
+        if not found or len({a.shape for a in found.values()}) > 1 or next(iter(found.values())).ndim != 3:
+            raise ValueError("not the maps of sheets")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"maps {path} are damaged: {' '.join(str(error).split())}; delete the file to go on without them"
+        ) from None
+    return found
 
 
 def prune(run: Path, keep_last: int) -> None:

@@ -5,11 +5,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from topogpt import topo
 from topogpt.runs.folder import read_metrics
 from topogpt.settings import N_VOCAB
+from topogpt.topo import N_NOISE, noise_floor
 
 if TYPE_CHECKING:
     from topogpt.runs.checkpoint import LoadedRun
@@ -21,7 +20,6 @@ LICENCES = {
 }
 SAID = {"started", "git_sha", "git_diff", "python", "packages", "device", "world_size", "data_sha256"}
 ASK = "not recorded with the run; ask whoever trained it"
-N_NOISE = 500  # white-noise maps whose Moran's I is the floor
 
 
 class Data(NamedTuple):
@@ -181,17 +179,6 @@ def picture_of(run: Path, step: int) -> Path | None:
         if path.is_file():
             return path
     return None
-
-
-class Floor(NamedTuple):
-    mean: float
-    sd: float
-
-
-def noise_floor(h: int, w: int) -> Floor:
-    """Mean and standard deviation of Moran's I of white noise on a grid."""
-    found = topo.morans_i(np.random.default_rng(0).standard_normal((N_NOISE, h, w)))
-    return Floor(float(np.nanmean(found)), float(np.nanstd(found)))
 
 
 def perplexity(cross_entropy: float) -> float:
