@@ -18,7 +18,8 @@ from topogpt.model.cost import CHUNK_ELEMENTS, TOKENIZER_BYTES, Cost, weight_sha
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.settings import CostConfig, GPTConfig, TopoConfig, TrainConfig
 from topogpt.sharing.export import write_topography, write_weights
-from topogpt.spatial.topolm import TopoLMLoss, sheet_positions
+from topogpt.spatial.layout import sheet_positions
+from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.training.objective import Objective
 
 CONFIGS = sorted((tiny.ROOT / "configs").glob("*.yaml"))
