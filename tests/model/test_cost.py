@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_script
 from topogpt.config import parse
+from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.model import cross_entropy
 from topogpt.model.cost import CHUNK_ELEMENTS, TOKENIZER_BYTES, Cost, weight_shapes
@@ -122,14 +123,15 @@ def spatial_loss(cost: Cost) -> TopoLMLoss:
 def measured_peak(cost: Cost, batch: int) -> int:
     """Most bytes that a step allocates over what it found, by torch's own account."""
     cfg = cost.cfg
-    net, loss = GPT(cfg.model), spatial_loss(cost)
-    objective = Objective(net, loss, getattr(torch, cost.dtype))
+    net, cpu = GPT(cfg.model), Ranks(0, 1, torch.device("cpu"))
+    positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    objective = Objective(net, replace(cfg, dtype=cost.dtype), positions, cpu)
     tokens = torch.randint(0, cfg.model.vocab_size, (batch, cfg.model.block_size))
-    chosen = loss.choose(0, 0, 0) if cfg.topo.loss != "none" else None
+    chosen = objective.choose(0, 0, 0)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         ce, spatial = objective(tokens, tokens, chosen)
         (ce + spatial.sum()).backward()
         del ce, spatial
@@ -199,7 +201,7 @@ def test_size_of_an_export(checkpoint, dtype, tmp_path):
 
 
 def test_size_of_the_tokenizers_files(gpt2, tmp_path):
-    from topogpt.sharing.export import write_tokenizer
+    from topogpt.sharing.tokenizer_files import write_tokenizer
 
     write_tokenizer(tmp_path, gpt2, 1024)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == TOKENIZER_BYTES
