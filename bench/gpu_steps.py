@@ -31,7 +31,7 @@ def step(bench: Bench) -> None:
         for name, trainer in trainers.items():
             if name == "usual eager loop" and i > 3:
                 continue  # slow, and steady enough
-            n = 1 if bench.tiny or trainer.setup.item else STEPS
+            n = 1 if bench.tiny or trainer.setup.usual else STEPS
             ms = milliseconds(lambda t=trainer, n=n: [t.step(next(steps)) for _ in range(n)], bench.device)
             if i:
                 times[name].append(ms / n)
@@ -94,8 +94,7 @@ def head_widths(bench: Bench) -> list[int]:
 
 def flat_gradient(trainer: Trainer, batch, eager: bool = False) -> tuple[torch.Tensor, ...]:
     """Cross-entropy, spatial loss per sheet, and the gradient of their weighted sum as one vector."""
-    call = trainer.objective if eager else trainer.call
-    ce, spatial = call(batch.tokens, batch.targets, trainer.choose(0, batch.index))
+    ce, spatial = trainer.losses(batch, eager=eager)
     (ce + trainer.cfg.topo.weight * spatial.sum()).backward()
     gradient = torch.cat([p.grad.flatten().float() for p in trainer.model.parameters()])
     trainer.optimizer.zero_grad(set_to_none=True)

@@ -1,29 +1,25 @@
-"""Optimiser steps to be measured: as train.py takes them, and as the usual eager loop does.
+"""Optimiser steps to be measured: the product's own, with pieces exchanged, and the usual eager loop."""
 
-The objective is train.py's, with switches for what is compared; nothing here evaluates, logs or saves.
-"""
-
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.variants import CandidateLoss, How, LoopLoss, pad_heads
-from topogpt import rng
-from topogpt.model.gpt import GPT, sheet_names
+from topogpt.distributed import Ranks
+from topogpt.model.gpt import GPT, Output
 from topogpt.settings import TrainConfig
-from topogpt.spatial.layout import sheet_positions
 from topogpt.spatial.schedule import weight_at
 from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.text.loader import MicroBatch
-from topogpt.training.optim import build_optimizer
+from topogpt.training import setup as product
+from topogpt.training.parallel import compiles
+from topogpt.training.step import optimizer_step
 
 Mark = Callable[[str], object]
-CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION]  # pinned as in train.py: another kernel is an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,132 +30,130 @@ class Setup:
     stored_logits: bool = False  # F.cross_entropy of all logits
     compile: str = ""  # mode of torch.compile, or "eager"; "" = as train.py: default on CUDA, else eager
     backend: str = "inductor"  # of torch.compile
-    optimizer: Literal["fused", "foreach"] = "fused"  # AdamW
-    item: bool = False  # wait for the loss of every micro-step
     head_width: int = 0  # pad heads to this; 0 = as they are
+    usual: bool = False  # AdamW without fusion, and the host waits for the loss of every micro-step
 
 
 SETUPS = {
     "topographic": Setup(),
     "control": Setup(spatial="none"),
-    "usual eager loop": Setup(
-        spatial="loop", stored_logits=True, compile="eager", optimizer="foreach", item=True
-    ),
+    "usual eager loop": Setup(spatial="loop", stored_logits=True, compile="eager", usual=True),
 }
 
 
-class Objective(nn.Module):
-    """Cross-entropy and spatial loss of each sheet of a micro-batch."""
+class InPlace(nn.Module):
+    """Another spatial loss in the place of the product's, on the same neighbourhoods."""
 
-    def __init__(
-        self, model: GPT, spatial: nn.Module | None, dtype: torch.dtype, stored_logits: bool
-    ) -> None:
+    def __init__(self, ours: TopoLMLoss, other: nn.Module) -> None:
         super().__init__()
-        self.model, self.spatial, self.dtype, self.stored_logits = model, spatial, dtype, stored_logits
+        self.ours, self.other = ours, other
+        self.sheets, self.positions, self.choose = ours.sheets, ours.positions, ours.choose
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor, chosen: Tensor | None, mark: Mark | None = None
-    ) -> tuple[Tensor, Tensor]:
-        autocast = torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with autocast:
-            if tokens.device.type == "cuda" and self.dtype == torch.bfloat16:
-                with sdpa_kernel(CUDA_BACKENDS):
-                    out = self.run(tokens, targets)
-            else:
-                out = self.run(tokens, targets)
-        if mark is not None:
-            mark("forward")
-        if self.spatial is None:
-            return out.loss, out.loss.new_zeros(2 * self.model.cfg.n_layer)
-        losses = self.spatial(out.activations, chosen)
-        if mark is not None:
-            mark("spatial")
-        return out.loss, losses
+    def forward(self, activations: dict[str, Tensor], chosen: Tensor) -> Tensor:
+        return self.other(activations, chosen)
 
-    def run(self, tokens: Tensor, targets: Tensor):
-        activations = self.spatial is not None
-        return self.model(tokens, targets, activations=activations, keep_logits=self.stored_logits)
+
+class StoredLogits(nn.Module):
+    """The model, which keeps its logits whatever it is told."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, *, activations: bool, keep_logits: bool) -> Output:
+        return self.model(tokens, targets, activations=activations, keep_logits=True)
 
 
 class Trainer:
-    """A model with its optimiser, to take steps one at a time."""
+    """What the product trains with, to take steps one at a time."""
 
     def __init__(self, cfg: TrainConfig, setup: Setup, device: torch.device) -> None:
-        self.cfg, self.setup, self.device = cfg, setup, device
-        self.per_step = cfg.batch_size // cfg.per_device_batch_size
         allow_recompiles()
-        torch.set_float32_matmul_precision("high")  # as train.py
-        bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-        torch.manual_seed(rng.seed(cfg.seed, "initialisation"))
-        with device:  # drawing on the CPU takes longer than all the rest
-            self.model = GPT(cfg.model)
-        if setup.head_width:
-            pad_heads(self.model, setup.head_width)
-        positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
-        self.product = TopoLMLoss(cfg.topo, positions)
-        losses = {"none": None, "product": self.product, "loop": LoopLoss(cfg.topo, positions)}
-        how = setup.spatial
-        spatial = losses[how] if isinstance(how, str) else CandidateLoss(self.product, how)
-        dtype = torch.bfloat16 if bfloat16 else torch.float32
-        self.objective = Objective(self.model, spatial, dtype, setup.stored_logits).to(device)
-        self.product.to(device)
-        self.optimizer = build_optimizer(self.model, cfg.optim)
-        if setup.optimizer == "foreach":
-            groups = [{k: g[k] for k in ("params", "weight_decay")} for g in self.optimizer.param_groups]
-            betas = cfg.optim.beta1, cfg.optim.beta2
-            self.optimizer = torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=betas, foreach=True)
+        if setup.spatial == "none":
+            cfg = replace(cfg, topo=replace(cfg.topo, loss="none"))
+        self.cfg, self.setup, self.device, self.n_steps = cfg, setup, device, 0
+        with device:  # drawing the weights on the CPU takes longer than all the rest
+            self.t = product.build(cfg, Ranks(0, 1, device))
+        self.model, self.objective, self.optimizer = self.t.model, self.t.objective, self.t.optimizer
+        self.exchange(setup)
         mode = setup.compile or ("default" if compiles(cfg, device) else "eager")
         self.compiled = mode != "eager"
-        self.call = compiled(self.objective, mode, setup.backend) if self.compiled else self.objective
-        self.n_steps, self.cross_entropy = 0, math.nan
+        self.t.parallel = compiled(self.objective, mode, setup.backend) if self.compiled else self.objective
 
-    def choose(self, step: int, micro_batch: int) -> Tensor | None:
-        if self.objective.spatial is None:
-            return None
-        return self.product.choose(self.cfg.seed, step, micro_batch)
+    def exchange(self, setup: Setup) -> None:
+        """Put the pieces that a setup names into the place of the product's."""
+        if setup.head_width:
+            pad_heads(self.model, setup.head_width)
+        ours = self.objective.spatial
+        if setup.spatial == "loop":
+            other = LoopLoss(self.cfg.topo, ours.positions)
+            self.objective.spatial = InPlace(ours, other.to(self.device))
+        elif isinstance(setup.spatial, How):
+            self.objective.spatial = InPlace(ours, CandidateLoss(ours, setup.spatial))
+        if setup.stored_logits:
+            self.objective.model = StoredLogits(self.model)
+        if setup.usual:
+            groups = [{k: g[k] for k in ("params", "weight_decay")} for g in self.optimizer.param_groups]
+            optim = self.cfg.optim
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), foreach=True
+            )
+            self.t.optimizer = self.optimizer
 
-    def losses(self, batch: MicroBatch, step: int = 0, mark: Mark | None = None) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: MicroBatch, step: int = 0, *, eager: bool = False) -> tuple[Tensor, Tensor]:
         """Cross-entropy and spatial loss per sheet, with their graph."""
         if self.setup.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        chosen = self.choose(step, batch.index)
-        if self.compiled:
-            values = self.call(batch.tokens, batch.targets, chosen)
-            if mark:
-                mark("forward")
-            return values
-        return self.objective(batch.tokens, batch.targets, chosen, mark)
+        chosen = self.objective.choose(self.cfg.seed, step, batch.index)
+        call = self.objective if eager else self.t.parallel
+        return call(batch.tokens, batch.targets, chosen)
 
-    def step(self, batches: Iterable[MicroBatch], mark: Mark | None = None) -> None:
-        """One optimiser step as train.py takes it; `mark` is told of each part as it ends."""
-        step, cfg = self.n_steps, self.cfg
+    def step(self, batches: Sequence[MicroBatch], mark: Mark | None = None) -> None:
+        """One optimiser step as train.py takes it, or as is usual; `mark` is told of each part as it ends."""
+        step = self.n_steps
         self.n_steps += 1
-        weight = weight_at(cfg.topo, step, cfg.max_steps)
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            if mark:
-                mark("data")
-            ce, spatial = self.losses(batch, step, mark)
-            ((ce + weight * spatial.sum()) / self.per_step).backward()
-            if self.setup.item:
-                total += ce.item() / self.per_step
+        if self.setup.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        with watched(self, mark) if mark else contextlib.nullcontext():
+            if self.setup.usual:
+                self.usual_step(step, batches)
             else:
-                total += ce.detach() / self.per_step
-            if mark:
-                mark("backward")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optim.grad_clip or torch.inf)
-        if self.setup.optimizer == "fused":
-            self.optimizer.found_inf = (~norm.isfinite()).float()
+                optimizer_step(self.t, step, batches)
+
+    def usual_step(self, step: int, batches: Sequence[MicroBatch]) -> None:
+        weight, total = weight_at(self.cfg.topo, step, self.cfg.max_steps), 0.0
+        for batch in batches:
+            ce, spatial = self.losses(batch, step)
+            ((ce + weight * spatial.sum()) / len(batches)).backward()
+            total += ce.item()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.grad_clip or torch.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.cross_entropy = total
-        if mark:
-            mark("optimiser")
 
 
-def compiles(cfg: TrainConfig, device: torch.device) -> bool:
-    """Whether train.py compiles with these settings."""
-    return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+@contextlib.contextmanager
+def watched(trainer: Trainer, mark: Mark) -> Iterator[None]:
+    """Tell `mark` of the parts of a step: data, forward, spatial (not compiled), backward, optimiser."""
+    t, parallel, before = trainer.t, trainer.t.parallel, iter(["data"])
+
+    def call(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        mark(next(before, "backward"))
+        losses = parallel(*arguments)
+        mark("forward")
+        return losses
+
+    with contextlib.ExitStack() as stack:
+        hooks = [t.optimizer.register_step_pre_hook(lambda *_: mark("backward"))]  # with the clipping
+        if not trainer.compiled:
+            spatial = trainer.objective.spatial
+            hooks.append(spatial.register_forward_pre_hook(lambda *_: mark("forward")))
+            hooks.append(spatial.register_forward_hook(lambda *_: mark("spatial")))
+        for hook in hooks:
+            stack.callback(hook.remove)
+        t.parallel = call
+        stack.callback(setattr, t, "parallel", parallel)
+        yield
+    mark("optimiser")
 
 
 def compiled(function: Callable, mode: str, backend: str) -> Callable:

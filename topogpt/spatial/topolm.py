@@ -148,7 +148,7 @@ def correlation_loss(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def standardised_pairs(d: Tensor) -> Tensor:
     """Off-diagonal entries of (U, U) with mean 0 and norm 1, zeros on the diagonal; both triangles count."""
-    off_diagonal = 1 - torch.eye(len(d), dtype=d.dtype)
+    off_diagonal = 1 - torch.eye(len(d), dtype=d.dtype, device=d.device)
     d = (d - (d * off_diagonal).sum() / off_diagonal.sum()) * off_diagonal
     return d / d.norm()
 
