@@ -7,6 +7,7 @@ It checks what it is given and counts its own calls; the numbers are TopoLMLoss'
 """
 
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from topogpt.spatial.topolm import TopoLMLoss
 
 Positions = np.ndarray | Tensor  # (n_units, 2): row and column of each unit
 ONLY = "sheet"  # name of the sheet whose positions came without one
-DISTANCES = ("l2", "l1", "linf")
+Distance = Literal["l2", "l1", "linf"]
 
 
 class SpatialLoss(nn.Module):
@@ -49,11 +50,11 @@ class SpatialLoss(nn.Module):
         radius: int = 5,
         neighbourhoods: int = 5,
         seed: int = 0,
-        distance: str = "l2",
+        distance: Distance = "l2",
     ) -> None:
         super().__init__()
-        if distance not in DISTANCES:
-            raise ValueError(f"distance = {distance!r} must be one of {', '.join(DISTANCES)}")
+        if distance not in get_args(Distance):
+            raise ValueError(f"distance = {distance!r} must be one of {', '.join(get_args(Distance))}")
         try:
             cfg = TopoConfig(radius=radius, neighbourhoods=neighbourhoods, distance=distance)
         except UserError as error:
@@ -112,19 +113,15 @@ class SpatialLoss(nn.Module):
                 if sheet not in activations:
                     there = ", ".join(activations) or "none"
                     raise ValueError(f"activations of sheet {sheet!r} are missing; there are: {there}")
-                x = activations[sheet]
+                x, n_units = activations[sheet], len(position)
                 if not isinstance(x, Tensor) or not x.is_floating_point():
                     what = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
                     raise ValueError(f"activations of sheet {sheet!r} are {what}, not a tensor of floats")
-                if x.dim() < 2 or x.shape[-1] != len(position):
-                    raise ValueError(
-                        f"activations of sheet {sheet!r} have shape {tuple(x.shape)}, not (..., {len(position)})"
-                    )
-                if x.numel() < 2 * len(position):
-                    raise ValueError(
-                        f"activations of sheet {sheet!r} have {x.numel() // len(position)} token; "
-                        "correlations need two or more"
-                    )
+                shape = f"activations of sheet {sheet!r} have shape {tuple(x.shape)}"
+                if x.dim() < 2 or x.shape[-1] != n_units:
+                    raise ValueError(f"{shape}, not (..., {n_units})")
+                if x.numel() < 2 * n_units:
+                    raise ValueError(f"{shape}, so one token or none; correlations need two or more")
 
     def get_extra_state(self) -> Tensor:
         """The number of calls, in state_dict: a tensor, as safetensors knows nothing else."""
