@@ -17,12 +17,8 @@ def small_run(**settings) -> topogpt.Run:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)
-    return topogpt.Run(
-        model,
-        encode=lambda text: list(text.encode()),
-        decode=lambda ids: bytes(ids).decode("latin-1"),
-        **settings,
-    )
+    letters = {"encode": lambda text: list(text.encode()), "decode": lambda ids: bytes(ids).decode("latin-1")}
+    return topogpt.Run(model, **letters, **settings)
 
 
 @pytest.fixture(scope="module")
