@@ -1,4 +1,4 @@
-"""Runs as a notebook sees them: load, activations, lesion, floor, picture. pytest tests/analysis/test_notebook.py"""
+"""Runs as a notebook sees them: maps, lesions, floors. Run: pytest tests/analysis/test_notebook.py"""
 
 import numpy as np
 import pytest
