@@ -286,9 +286,11 @@ def morans_i_floor(
         fwhm_mm: full width at half maximum of the smoothing (`smooth`), in mm; 0: none.
         unit_distance_mm: between neighbouring cells.
         maps: how many are drawn.
+        seed: of the noise.
     """
-    noise = measures.noise_morans(*grid, fwhm_mm, unit_distance_mm, "queen", maps, seed)
-    return Floor(float(noise.mean()), float(noise.std()))
+    noise = np.random.default_rng(seed).standard_normal((maps, *grid))
+    values = topo.morans_i(measures.smooth(noise, fwhm_mm, unit_distance_mm))
+    return Floor(float(values.mean()), float(values.std()))
 
 
 def draw(maps: Mapping[str, np.ndarray], *, token: int = -1, title: str = "") -> "Picture":
