@@ -1,11 +1,73 @@
 """Write a checkpoint as a folder that stock transformers loads, prove that it does, and push it to the Hub.
 
-python export.py out/topolm                                  # -> out/topolm/hf
-python export.py out/topolm --push_to_hf USER/NAME
+    python export.py out/topolm                                  # -> out/topolm/hf
+    python export.py out/topolm --checkpoint step-500 --dtype bfloat16 --out topolm-bf16
+    python export.py out/topolm --push_to_hf                     # as YOU/topolm
+    python export.py out/topolm --push_to_hf USER/NAME --private
+    python export.py out/topolm/hf --push_to_hf USER/NAME        # push, or complete a push, later
+
+The folder is a GPT2LMHeadModel (no remote code) with its tokenizer, the positions of its units and a model
+card. Before it gets its name it is loaded with transformers, and its logits, its greedy text and its tokens
+are compared with ours.
 """
 
-from topogpt.errors import run_main
-from topogpt.sharing.export import main
+from dataclasses import fields
+from pathlib import Path
+
+from topogpt.config import parse
+from topogpt.errors import UserError, run_main
+from topogpt.settings import ExportConfig
+from topogpt.sharing.export import export
+from topogpt.sharing.push import PushFailed, full_name, later, push
+from topogpt.terminal import say
+
+
+def main(argv: list[str]) -> None:
+    cfg = parse(ExportConfig, optional_value(argv), prog="export.py")
+    source = Path(cfg.run)
+    if cfg.private and cfg.push_to_hf is None:
+        raise UserError("private = True has no effect without --push_to_hf; add that, or leave --private out")
+    if not source.is_dir():
+        raise UserError(f"run {source} does not exist; give the folder of a run, such as out/NAME")
+    if (source / "topography.json").is_file():
+        return push_exported(cfg, source)
+    repo_id = trouble = None
+    if cfg.push_to_hf is not None:
+        try:
+            repo_id = full_name(cfg.push_to_hf or source.resolve().name)
+        except PushFailed as error:
+            trouble = error  # the folder is worth having all the same
+    folder = export(
+        source, cfg.checkpoint, cfg.out, cfg.dtype, repo_id=repo_id, vocab_dir=cfg.vocab_dir, say=say
+    )
+    if trouble:
+        raise PushFailed(f"{trouble}; the folder is complete: {later(folder, 'USER/NAME', cfg.private)}")
+    if repo_id:
+        say(f"pushed: {push(folder, repo_id, cfg.private, say=say)}")
+
+
+def push_exported(cfg: ExportConfig, folder: Path) -> None:
+    """Push a folder that was exported before."""
+    if not cfg.push_to_hf:
+        raise UserError(
+            f"run {folder} is exported already; push it with --push_to_hf USER/NAME, or give a run"
+        )
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.name not in ("run", "push_to_hf", "private") and value != f.default:
+            raise UserError(f"{f.name} = {value} has no effect on an exported folder; give the run it is of")
+    say(f"pushed: {push(folder, full_name(cfg.push_to_hf), cfg.private, say=say)}")
+
+
+def optional_value(argv: list[str]) -> list[str]:
+    """Give a bare --push_to_hf an empty value: one before a flag, an existing folder (RUN) or the end."""
+    out = []
+    for i, arg in enumerate(argv):
+        bare = arg.replace("-", "_") == "__push_to_hf"
+        following = argv[i + 1] if i + 1 < len(argv) else "-"
+        out.append(f"{arg}=" if bare and (following.startswith("-") or Path(following).is_dir()) else arg)
+    return out
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -23,7 +23,8 @@ from bench.variants import (
 from topogpt.distributed import Ranks
 from topogpt.model import cross_entropy as ours
 from topogpt.model.gpt import GPT, Attention, sheet_names
-from topogpt.spatial.topolm import TopoLMLoss, sheet_positions
+from topogpt.spatial.layout import sheet_positions
+from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.training.optim import build_optimizer
 
 if TYPE_CHECKING:

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
 
     from bench.variants import LoopLoss, draw_activations, gradients, spatial_errors
     from topogpt.distributed import keep_freed_memory, pick_device
-    from topogpt.spatial.topolm import TopoLMLoss, sheet_positions
+    from topogpt.spatial.layout import sheet_positions
+    from topogpt.spatial.topolm import TopoLMLoss
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -16,7 +16,9 @@ from bench.variants import CandidateLoss, How, LoopLoss, pad_heads
 from topogpt import rng
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.settings import TrainConfig
-from topogpt.spatial.topolm import TopoLMLoss, sheet_positions, weight_at
+from topogpt.spatial.layout import sheet_positions
+from topogpt.spatial.schedule import weight_at
+from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.text.loader import MicroBatch
 from topogpt.training.optim import build_optimizer
 

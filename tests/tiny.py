@@ -111,7 +111,7 @@ def random_run(out: Path, name: str = "run", *, step: int = 8, seed: int = 0, **
     from topogpt.model.gpt import GPT, sheet_names
     from topogpt.runs import checkpoint
     from topogpt.runs.folder import TrainState
-    from topogpt.spatial.topolm import sheet_positions
+    from topogpt.spatial.layout import sheet_positions
     from topogpt.training.optim import build_optimizer
 
     shape = {"vocab_size": GPTConfig().vocab_size, "n_layer": 2, "n_embd": 16, "block_size": 48}

@@ -7,6 +7,7 @@ from typing import Literal
 from topogpt import topo
 from topogpt.errors import UserError, check_at_least
 
+OBJECTIVES = ("topolm",)  # spatial losses: a file of topogpt/spatial each
 N_VOCAB = 50257  # GPT-2's tokens; an embedding has more rows, as padding
 
 
@@ -42,7 +43,7 @@ class GPTConfig:
 class TopoConfig:
     """The sheets and the spatial loss on them."""
 
-    loss: Literal["none", "topolm"] = "topolm"  # spatial loss added to the cross-entropy; none = the control
+    loss: str = "topolm"  # spatial loss added to the cross-entropy: topolm; none = the control
     weight: float = 2.5  # weight of the spatial loss, summed over sheets
     weight_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear: warm-up; cosine: to 0
     weight_warmup_steps: int = 0  # steps of the linear warm-up of the weight
@@ -53,6 +54,9 @@ class TopoConfig:
     distance: Literal["l2", "l1", "linf"] = "l2"  # between units, inside a neighbourhood
 
     def __post_init__(self) -> None:
+        if self.loss not in ("none", *OBJECTIVES):
+            names = ", ".join(("none", *OBJECTIVES))
+            raise UserError(f"topo.loss = {self.loss} is no spatial loss of ours; give one of {names}")
         check_at_least("topo.weight", self.weight, 0)
         check_at_least("topo.weight_warmup_steps", self.weight_warmup_steps, 0)
         check_at_least("topo.radius", self.radius, 2)
@@ -264,7 +268,7 @@ class SummaryConfig:
 class ExportConfig:
     """Write a checkpoint as a folder for stock transformers: export.py RUN [--push_to_hf [USER/NAME]]."""
 
-    run: str  # folder of a run, such as out/NAME
+    run: str  # folder of a run (out/NAME); or an exported folder, to push it
     checkpoint: str = "best"  # best, last or step-N
     out: str | None = None  # folder to write; None: RUN/hf
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored weights

@@ -22,7 +22,8 @@ from bench.training import SETUPS, Setup, Trainer
 from bench.variants import CANDIDATES, CandidateLoss, LoopLoss, draw_activations, spatial_errors
 from topogpt.errors import UserError
 from topogpt.settings import GPTConfig, TopoConfig, TrainConfig
-from topogpt.spatial.topolm import TopoLMLoss, sheet_positions
+from topogpt.spatial.layout import sheet_positions
+from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.text.loader import MicroBatch
 
 KEYS = {"name", "ours", "reference", "ratio", "unit", "device", "detail"}

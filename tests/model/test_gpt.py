@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from topogpt.model.gpt import GPT, sample_from, sheet_names
+from topogpt.model.generate import sample_from
+from topogpt.model.gpt import GPT, sheet_names
 from topogpt.settings import GPTConfig
 
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)

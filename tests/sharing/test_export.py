@@ -20,13 +20,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import export as export_script
 from topogpt import topo, topography
 from topogpt.errors import UserError
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.runs import checkpoint
 from topogpt.settings import GPTConfig
 from topogpt.sharing import card as modelcard
-from topogpt.sharing import export, proof
+from topogpt.sharing import export, gpt2, proof
 from topogpt.sharing import load as hf_import
 from topogpt.text import tokenizer
 
@@ -202,8 +203,14 @@ def test_a_lora_step_with_peft(folder):
 
 
 def spoil_config(key, value):
-    whole = export.config_json
-    return "config_json", lambda *args: whole(*args) | {key: value}
+    whole = export.write_config
+
+    def spoilt(folder, *args):
+        whole(folder, *args)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    return "write_config", spoilt
 
 
 def spoil_weights(name, change):
@@ -539,7 +546,7 @@ def test_the_noise_floor_is_about_zero():
 
 def one_line(capsys, *argv: str) -> str:
     with pytest.raises(UserError) as error:
-        export.main([str(a) for a in argv])
+        export_script.main([str(a) for a in argv])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -574,18 +581,18 @@ def test_a_model_of_numbers_that_are_none_is_refused(tmp_path):
 
 
 def test_an_architecture_that_gpt2_lacks_is_refused(small, monkeypatch):
-    monkeypatch.setattr(export, "EXPRESSIBLE", export.EXPRESSIBLE - {"block_size"})
+    monkeypatch.setattr(gpt2, "EXPRESSIBLE", gpt2.EXPRESSIBLE - {"block_size"})
     with pytest.raises(UserError, match="model.block_size = 48 cannot be exported"):
         export.export(small)
     assert not (small / "hf").exists()
 
 
 def test_push_to_hf_may_stand_alone(tmp_path):
-    assert export.optional_value(["run", "--push_to_hf"]) == ["run", "--push_to_hf="]
-    assert export.optional_value(["run", "--push_to_hf", "--private"]) == [
+    assert export_script.optional_value(["run", "--push_to_hf"]) == ["run", "--push_to_hf="]
+    assert export_script.optional_value(["run", "--push_to_hf", "--private"]) == [
         "run",
         "--push_to_hf=",
         "--private",
     ]
-    assert export.optional_value(["run", "--push_to_hf", "me/it"]) == ["run", "--push_to_hf", "me/it"]
-    assert export.optional_value(["--push-to-hf", str(tmp_path)]) == ["--push-to-hf=", str(tmp_path)]
+    assert export_script.optional_value(["run", "--push_to_hf", "me/it"]) == ["run", "--push_to_hf", "me/it"]
+    assert export_script.optional_value(["--push-to-hf", str(tmp_path)]) == ["--push-to-hf=", str(tmp_path)]

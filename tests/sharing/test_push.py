@@ -17,6 +17,7 @@ import torch
 from fake_hub import TOKEN, FakeHub, Repo
 from huggingface_hub import constants
 
+import export as export_script
 from topogpt import retry, topography
 from topogpt.errors import UserError
 from topogpt.sharing import export
@@ -139,10 +140,10 @@ def test_a_push_that_fails_for_good_is_completed_later(server, folder, method, p
         hub.push(folder, "alice/run", True, say=lines.append)
     message = str(error.value)
     assert "failed: 500 an accident" in message and "\n" not in message
-    assert message.endswith(f"push it later with: python hub.py {folder} alice/run --private")
+    assert message.endswith(f"push it later with: python export.py {folder} --push_to_hf alice/run --private")
     assert secrets_in(message + "".join(lines)) == [] and contents(folder) == before
     server.accidents = []
-    hub.main([str(folder), "alice/run", "--private"])
+    export_script.main([str(folder), "--push_to_hf", "alice/run", "--private"])
     assert pushed(server) == before and "step-8" in server.repos["alice/run"].tags
     assert server.repos["alice/run"].private
 
@@ -167,7 +168,10 @@ def test_without_a_token(server, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert not hub.has_token()
     said = refusal(folder, "alice/run")
-    assert "no token of the Hub was found" in said and f"python hub.py {folder} alice/run" in said
+    assert (
+        "no token of the Hub was found" in said
+        and f"python export.py {folder} --push_to_hf alice/run" in said
+    )
     with pytest.raises(hub.PushFailed, match="has no user, and none is logged in; give USER/NAME"):
         hub.full_name("run")
     assert server.requests == []
@@ -295,6 +299,20 @@ def test_the_command_keeps_the_folder_where_it_cannot_push(server, run, tmp_path
     monkeypatch.delenv("HF_TOKEN")
     out = tmp_path / "hf"
     for name, later in (("--push_to_hf", "USER/NAME"), ("--push_to_hf=alice/run", "alice/run")):
-        with pytest.raises(hub.PushFailed, match=f"python hub.py {out} {later}"):
-            export.main([str(run), "--out", str(out), name])
+        with pytest.raises(hub.PushFailed, match=f"python export.py {out} --push_to_hf {later}"):
+            export_script.main([str(run), "--out", str(out), name])
         assert json.loads((out / "topography.json").read_text())["step"] == 8
+
+
+def test_an_exported_folder_is_pushed_by_the_same_command(server, folder, capsys):
+    export_script.main([str(folder), "--push_to_hf", "alice/run", "--private"])
+    assert capsys.readouterr().out.endswith(f"pushed: {server.url}/alice/run\n")
+    assert pushed(server) == contents(folder)
+    for arguments, said in (
+        ([], "is exported already; push it with --push_to_hf USER/NAME"),
+        (["--push_to_hf"], "is exported already"),
+        (["--push_to_hf", "alice/run", "--dtype", "float16"], "dtype = float16 has no effect"),
+        (["--push_to_hf", "alice/run", "--checkpoint", "last"], "checkpoint = last has no effect"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export_script.main([str(folder), *arguments])

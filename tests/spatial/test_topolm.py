@@ -6,7 +6,9 @@ import torch
 
 from topogpt import topo
 from topogpt.settings import TopoConfig
-from topogpt.spatial.topolm import TopoLMLoss, sheet_positions, weight_at
+from topogpt.spatial.layout import sheet_positions
+from topogpt.spatial.schedule import weight_at
+from topogpt.spatial.topolm import TopoLMLoss
 
 SHEETS = ["layer.0.attn", "layer.0.mlp"]
 N_UNITS = 100

@@ -16,7 +16,6 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import train as train_module
 from topogpt import topo
 from topogpt.config import parse
 from topogpt.errors import UserError
@@ -25,6 +24,7 @@ from topogpt.runs.checkpoint import load_run
 from topogpt.runs.folder import TrainState
 from topogpt.settings import TrainConfig
 from topogpt.training import maps
+from topogpt.training.objective import Objective
 from train import train
 
 
@@ -275,7 +275,7 @@ def test_training_stops_after_as_many_increases_as_patience_says(folder, capsys)
 
 def break_gradients(monkeypatch, *broken: int) -> None:
     """The training steps with these numbers, from 0, have a cross-entropy of NaN."""
-    forward, micro_steps = train_module.Objective.forward, [0]
+    forward, micro_steps = Objective.forward, [0]
 
     def wrapped(self, tokens, targets, chosen):
         ce, spatial = forward(self, tokens, targets, chosen)
@@ -285,7 +285,7 @@ def break_gradients(monkeypatch, *broken: int) -> None:
             ce = ce * torch.nan if step in broken else ce
         return ce, spatial
 
-    monkeypatch.setattr(train_module.Objective, "forward", wrapped)
+    monkeypatch.setattr(Objective, "forward", wrapped)
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:

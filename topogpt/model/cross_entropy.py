@@ -46,9 +46,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss = loss - (log_p.gather(1, target) * each).sum()
             if not want_grad:
                 continue
-            p = (
-                log_p.exp_().scatter_add_(1, target, -torch.ones_like(each)).to(x.dtype)
-            )  # a token's dloss/dlogits
+            # a token's dloss/dlogits
+            p = log_p.exp_().scatter_add_(1, target, -torch.ones_like(each)).to(x.dtype)
             dx.append(p @ w * each.to(x.dtype))
             rows = rows * each.to(x.dtype)
             dw = dw.addmm_(p.T, rows) if x.dtype == wide else dw.add_(p.T @ rows)

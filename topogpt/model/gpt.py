@@ -1,6 +1,7 @@
 """The GPT: GPT-2's architecture, by default without biases and at TopoLM's size.
- `GPT(cfg)(tokens, targets) -> Output(logits, loss, activations)`. The model knows neither sheets nor spatial
-losses: it returns the named outputs of its branches, and the objective of train.py adds what it likes.
+
+`GPT(cfg)(tokens, targets) -> Output(logits, loss, activations)`. The model knows neither sheets nor spatial
+losses: it returns the named outputs of its branches, and the objective of training adds what it likes.
 Parameter names are GPT-2's, so a checkpoint maps onto `transformers.GPT2LMHeadModel` name by name.
 """
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topogpt.model.cross_entropy import linear_cross_entropy
-from topogpt.settings import N_VOCAB, GPTConfig
+from topogpt.model.generate import Cache, LayerCache, generate
+from topogpt.settings import GPTConfig
 
 __all__ = ["GPT", "GPTConfig", "Output", "sheet_names"]
 
@@ -36,12 +38,10 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.resid_dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        q, k, v = (
-            part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(c, dim=2)
-        )  # (B, H, T, D)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(c, 2))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(k, v)
         # A cached step asks from the last position only, which may see everything; so may nothing be masked.
@@ -73,7 +73,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the residual stream and what the attention and the MLP sheet show, each (B, T, n_embd)."""
         attn = self.attn(self.ln_1(x), cache)
         middle = x + attn
@@ -84,6 +84,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2's architecture with the sizes of a GPTConfig, initialised at random (N(0, 0.02))."""
+
+    generate = generate
 
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
@@ -100,9 +102,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         for name, parameter in self.named_parameters():
-            if (
-                parameter.dim() == 2
-            ):  # N(0, 0.02); what writes into the residual stream is scaled by depth (GPT-2)
+            if parameter.dim() == 2:
+                # N(0, 0.02); what writes into the residual stream is scaled by depth (GPT-2)
                 scale = (2 * cfg.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, mean=0.0, std=0.02 * scale)
             elif name.endswith(".bias"):
@@ -130,7 +131,7 @@ class GPT(nn.Module):
         activations: bool = False,
         keep_logits: bool = True,
         last_only: bool = False,
-        cache: "Cache | None" = None,
+        cache: Cache | None = None,
     ) -> Output:
         """Predict the next tokens.
 
@@ -161,93 +162,3 @@ class GPT(nn.Module):
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return Output(logits, loss, named)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,  # (B, T)
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        n_vocab: int = N_VOCAB,
-        stop: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue `tokens`; return (B, T + new).
-
-        Keys and values are cached while the text fits the context; beyond it each step sees the last
-        block_size tokens afresh. Temperature 0 is greedy. Only the first n_vocab tokens can be drawn: the
-        rest is padding. With `stop`, ends once every row has produced that token.
-        """
-        was_training = self.training
-        self.eval()
-        cache = Cache(self.cfg.n_layer)
-        stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
-            if tokens.shape[1] <= self.cfg.block_size:
-                out = self(tokens[:, cache.length :], cache=cache, last_only=True)
-            else:
-                out = self(tokens[:, -self.cfg.block_size :], last_only=True)
-            chosen = sample_from(out.logits[:, -1, :n_vocab].float(), temperature, top_k, top_p, generator)
-            tokens = torch.cat([tokens, chosen], dim=1)
-            if stop is not None:
-                stopped |= chosen[:, 0] == stop
-                if stopped.all():
-                    break
-        self.train(was_training)
-        return tokens
-
-
-def sample_from(
-    logits: Tensor,  # (B, V)
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token a row, (B, 1).
-
-    top_k keeps the k likeliest tokens; top_p keeps the smallest set of likeliest tokens whose probability
-    reaches p (Holtzman et al. 2020), at least one.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits, order = (logits / temperature).sort(dim=-1, descending=True)
-    if top_k is not None:
-        logits[:, top_k:] = -torch.inf
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None:
-        before = probabilities.cumsum(dim=-1) - probabilities  # what is likelier than this token, together
-        keep = before < top_p
-        keep[:, 0] = True
-        probabilities = probabilities * keep
-    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
-
-
-class LayerCache:
-    """Keys and values of one layer, (B, H, T, D) each."""
-
-    def __init__(self) -> None:
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.k is not None:
-            assert k.shape[2] == 1, "a cache is filled at once and then extended token by token"
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v = k, v
-        return k, v
-
-
-class Cache:
-    """Keys and values of every layer for the tokens seen so far."""
-
-    def __init__(self, n_layer: int) -> None:
-        self.layers = [LayerCache() for _ in range(n_layer)]
-
-    @property
-    def length(self) -> int:
-        k = self.layers[0].k
-        return 0 if k is None else k.shape[2]

@@ -1,19 +1,13 @@
 """Read models back: a GPT-2 style folder as weights of ours, and any run, folder or Hub name as a model.
 
-    cfg, weights, positions = load_gpt2_folder("out/topolm/hf")    # or a repository of the Hub, USER/NAME
-    model = load_model("out/topolm").model                         # a run, an exported folder or USER/NAME
-    cfg, weights, positions = initial(cfg.model, "out/topolm/hf")  # to start a run of this shape from it
-
-Biases and the tanh approximation of GELU, which stock GPT-2 has and TopoLM has not, become model.bias and
-model.gelu; biases that are all zero, as export.py writes them, are none.
-What our GPT cannot compute is refused.
+cfg, weights, positions = load_gpt2_folder("out/topolm/hf")    # or a repository of the Hub, USER/NAME
+model = load_model("out/topolm").model                         # a run, an exported folder or USER/NAME
+cfg, weights, positions = initial(cfg.model, "out/topolm/hf")  # to start a run of this shape from it
 """
 
-import hashlib
-import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,24 +19,11 @@ from topogpt import topography
 from topogpt.errors import UserError
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.runs.checkpoint import load_run, load_weights
-from topogpt.settings import N_VOCAB, GPTConfig
+from topogpt.settings import GPTConfig
+from topogpt.sharing.gpt2 import WTE, from_gpt2
+from topogpt.sharing.tokenizer_files import strict_json
 
-N_PADDED = GPTConfig().vocab_size  # rows of the embedding of ours: a multiple of 64
-PADDING_FILE = "padding.safetensors"  # the rows that export.py cuts off, so that coming back changes nothing
-VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"  # see `digest`
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D
-MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files store among the weights
-
-# What a config.json must say, or leave out, for our model to compute the same.
-REQUIRED = {
-    "model_type": "gpt2",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # theirs -> model.gelu
+PADDING_FILE = "padding.safetensors"  # the rows that an export cuts off, so that coming back changes nothing
 ASKED_FILES = ["*.json", "*.safetensors", "merges.txt"]
 
 
@@ -97,125 +78,12 @@ def initial(cfg: GPTConfig, path_or_name: str | Path) -> Imported:
 
 
 def load_gpt2_folder(path_or_repo: str | Path) -> Imported:
-    """Weights and shape of a GPT-2 style folder or repository, in our names, and its positions if it has any.
-
-    GPT-2's 50257 rows are padded to our 50304: with the run's own rows where export.py kept them, else with
-    the mean row. A token of the mean row has the mean logit, so by Jensen's inequality 47 of them raise the
-    loss by less than 47 / 50257 = 0.001 nats, whatever the model; rows of zeros, whose logit is 0, would win
-    over every real token in a model whose logits are negative, as GPT-2's are.
-    """
+    """Weights and shape of a GPT-2 style folder or repository, in our names, and its positions if any."""
     folder = find_folder(path_or_repo)
-    said = read_json(folder / "config.json")
-    check_computes_the_same(folder, said)
-    tensors = read_tensors(folder)
-    weights = {}
-    for name, tensor in tensors.items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if name.endswith(MASKS):
-            continue
-        weights[name] = tensor.float().T.contiguous() if name.endswith(TRANSPOSED) else tensor.float()
-    if not any(t.count_nonzero() for name, t in weights.items() if name.endswith(".bias")):
-        weights = {name: t for name, t in weights.items() if not name.endswith(".bias")}
-    wte = weights.get("transformer.wte.weight")
-    head = weights.pop("lm_head.weight", wte)
-    if wte is not None and not torch.equal(head, wte):
-        raise UserError(f"{folder}: lm_head.weight is not transformer.wte.weight; our head is tied to it")
-    cfg = config_of(folder, said, weights)
-    check_shapes(folder, cfg, weights)
+    kept = folder / PADDING_FILE
+    padding = read_file(kept)[WTE] if kept.is_file() else None
+    cfg, weights = from_gpt2(folder, strict_json(folder / "config.json"), read_tensors(folder), padding)
     return Imported(cfg, weights, read_positions(folder, cfg))
-
-
-def config_of(folder: Path, said: dict[str, Any], weights: dict[str, Tensor]) -> GPTConfig:
-    """Our configuration of the folder's model; pads the embedding in `weights`."""
-    try:
-        n_vocab, width = said["vocab_size"], said["n_embd"]
-        shape = {key: said[key] for key in ("n_layer", "n_head", "n_embd")}
-        shape |= {"block_size": said["n_positions"], "dropout": said.get("resid_pdrop", 0.1)}
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json has no {error.args[0]}; it is no GPT-2 style folder") from None
-    check_vocabulary(folder, n_vocab)
-    wte = weights.get("transformer.wte.weight")
-    if wte is None or tuple(wte.shape) != (n_vocab, width):
-        raise UserError(
-            f"{folder}: transformer.wte.weight is {'missing' if wte is None else tuple(wte.shape)}, but "
-            f"config.json says vocab_size {n_vocab} and n_embd {width}"
-        )
-    if n_vocab == N_VOCAB:
-        rows = wte.mean(0, keepdim=True).expand(N_PADDED - n_vocab, -1)
-        if (folder / PADDING_FILE).is_file():
-            rows = read_file(folder / PADDING_FILE)["transformer.wte.weight"].float()
-        weights["transformer.wte.weight"] = torch.cat([wte, rows])
-        n_vocab += len(rows)
-    return GPTConfig(
-        vocab_size=n_vocab,
-        bias=any(name.endswith(".bias") for name in weights),
-        gelu=GELUS[said.get("activation_function", "gelu_new")],
-        post_residual=bool(said.get("topography", {}).get("post_residual", False)),
-        **shape,
-    )
-
-
-def check_computes_the_same(folder: Path, said: dict[str, Any]) -> None:
-    for key, wanted in REQUIRED.items():
-        value = said.get(key, wanted)
-        if value != wanted:
-            raise UserError(
-                f"{folder}/config.json: {key} = {value}, but our GPT computes as with {wanted}; it cannot be "
-                "loaded"
-            )
-    if said.get("activation_function", "gelu_new") not in GELUS:
-        raise UserError(
-            f"{folder}/config.json: activation_function = {said['activation_function']}, but our GPT "
-            f"has only {', '.join(GELUS)}; it cannot be loaded"
-        )
-    if said.get("n_inner") not in (None, 4 * said.get("n_embd", 0)):
-        raise UserError(f"{folder}/config.json: n_inner = {said['n_inner']}, but our MLP is 4 x n_embd wide")
-
-
-def check_shapes(folder: Path, cfg: GPTConfig, weights: dict[str, Tensor]) -> None:
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in GPT(cfg).state_dict().items()}
-    del expected["lm_head.weight"]
-    for name in sorted(expected.keys() | weights.keys()):
-        there = tuple(weights[name].shape) if name in weights else "missing"
-        if there != expected.get(name):
-            raise UserError(
-                f"{folder}: {name} is {there}, but our model has {expected.get(name, 'no such weight')}"
-            )
-
-
-# ---- vocabulary ----------------------------------------------------------------------------------
-
-
-def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id of the folder's tokenizer; None where it has none."""
-    if (folder / "vocab.json").is_file():
-        return read_json(folder / "vocab.json")
-    if (folder / "tokenizer.json").is_file():
-        said = read_json(folder / "tokenizer.json")
-        added = {entry["content"]: entry["id"] for entry in said.get("added_tokens", [])}
-        return said.get("model", {}).get("vocab", {}) | added
-    return None
-
-
-def digest(tokens: dict[str, int]) -> str:
-    """SHA-256 of a vocabulary, whatever the order and the spelling of its file."""
-    return hashlib.sha256(json.dumps(sorted(tokens.items(), key=lambda x: x[1])).encode()).hexdigest()
-
-
-def check_vocabulary(folder: Path, n_vocab: int) -> None:
-    """Refuse a vocabulary that is not GPT-2's: the ids in our shards would mean other words."""
-    tokens = vocabulary(folder)
-    if tokens is not None and len(tokens) != n_vocab:
-        raise UserError(
-            f"{folder} has {len(tokens)} tokens in its tokenizer but vocab_size = {n_vocab} in config.json; "
-            "export it again"
-        )
-    if n_vocab > N_VOCAB or (tokens is not None and digest(tokens) != VOCABULARY_SHA256):
-        raise UserError(
-            f"{folder} has another vocabulary ({n_vocab} tokens) than GPT-2's {N_VOCAB}, in which our shards "
-            "and tokenizer are written; it cannot be loaded"
-        )
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -243,13 +111,6 @@ def find_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; export it again") from None
-
-
 def read_file(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -263,7 +124,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return read_file(folder / "model.safetensors")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(read_json(index)["weight_map"].values())):
+    for name in sorted(set(strict_json(index)["weight_map"].values())):
         tensors |= read_file(folder / Path(name).name)
     return tensors
 
@@ -275,8 +136,9 @@ def read_positions(folder: Path, cfg: GPTConfig) -> dict[str, np.ndarray] | None
         positions = topography.load_topography(folder).positions
     except ValueError as error:
         raise UserError(str(error)) from None
-    if list(positions) != sheet_names(cfg.n_layer) or {len(p) for p in positions.values()} != {cfg.n_embd}:
+    sheets = sheet_names(cfg.n_layer)
+    if list(positions) != sheets or {len(p) for p in positions.values()} != {cfg.n_embd}:
         raise UserError(
-            f"{folder}/topography.safetensors does not hold {2 * cfg.n_layer} sheets of {cfg.n_embd} units"
+            f"{folder}/topography.safetensors does not hold {len(sheets)} sheets of {cfg.n_embd} units"
         )
     return positions

@@ -1,6 +1,6 @@
 """Push an exported folder to the Hugging Face Hub; run again, it completes what was interrupted.
 
-    python hub.py out/topolm/hf USER/topolm --private
+    push("out/topolm/hf", "USER/topolm", private=True)        # -> its address, or PushFailed
 
 The token is where the Hub's own tools look for it: HF_TOKEN, or what `hf auth login` has kept. It is never
 printed. Errors that may pass (429, 5xx, timeouts, cut connections) are tried again a few times, each with a
@@ -15,12 +15,10 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from topogpt.config import parse
-from topogpt.errors import UserError, run_main
+from topogpt.errors import UserError
 from topogpt.retry import PASSING, status, with_retries
 
 Result = TypeVar("Result")
@@ -35,21 +33,6 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write
 
 class PushFailed(UserError):
     """A push that did not complete; the folder is untouched, and the message says how to go on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushConfig:
-    """Push an exported folder to the Hugging Face Hub: hub.py FOLDER USER/NAME [--private]."""
-
-    folder: str  # exported folder, such as out/NAME/hf
-    repo: str  # repository: USER/NAME, or NAME of yours
-    private: bool = False  # make a new repository private
-
-
-def main(argv: list[str]) -> None:
-    cfg = parse(PushConfig, argv, prog="hub.py")
-    check_folder(Path(cfg.folder))
-    print(f"pushed: {push(cfg.folder, full_name(cfg.repo), cfg.private)}")
 
 
 def full_name(name: str, say: Say = print) -> str:
@@ -88,10 +71,7 @@ def push(
     folder = Path(folder)
     facts = check_folder(folder)
     step = facts["step"] if step is None else step
-    later = (
-        f"python hub.py {shlex.quote(str(folder))} {shlex.quote(repo_id)}{' --private' if private else ''}"
-    )
-    remedy = f"{folder} is complete; push it later with: {later}"
+    remedy = f"{folder} is complete; push it later with: {later(folder, repo_id, private)}"
     if not has_token():
         raise PushFailed(f"push_to_hf = {repo_id}: no token of the Hub was found; {LOG_IN}; {remedy}")
     api = HfApi()
@@ -112,6 +92,12 @@ def push(
         )
         do("tagging", lambda: tag(api, repo_id, f"step-{step}", commit.oid))
     return f"{api.endpoint}/{repo_id}"
+
+
+def later(folder: Path, repo_id: str, private: bool) -> str:
+    """The command that pushes an exported folder."""
+    command = f"python export.py {shlex.quote(str(folder))} --push_to_hf {shlex.quote(repo_id)}"
+    return f"{command} --private" if private else command
 
 
 def tag(api: Any, repo_id: str, name: str, commit: str) -> None:
@@ -265,7 +251,3 @@ def reported(say: Say) -> Iterator[None]:
             utils.enable_progress_bars()
         if set_factory and default:
             set_factory(default)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,10 +1,10 @@
-"""Spatial losses: what pulls units that lie close together on a sheet towards firing together.
- `TopoLMLoss` is TopoLM's loss (Rathi et al. 2025, equations 1-2; arXiv 2410.11516): in each neighbourhood of
-a sheet the correlations r between units over the batch's tokens should follow their inverse distances d: (1 -
-corr(r, d)) / 2.
+"""TopoLM's loss (Rathi et al. 2025, equations 1-2; arXiv 2410.11516): close together, firing together.
+
+In each neighbourhood of a sheet the correlations r between units over the batch's tokens should follow their
+inverse distances d: (1 - corr(r, d)) / 2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -14,15 +14,6 @@ from topogpt import rng, topo
 from topogpt.settings import TopoConfig
 
 TINY = 1e-12  # variances below this count as zero: a unit without variance correlates with nothing
-
-
-def weight_at(cfg: TopoConfig, step: int, max_steps: int) -> float:
-    """Weight of the spatial loss at an optimiser step: constant, warmed up from 0, or decayed to 0."""
-    if cfg.weight_schedule == "linear":
-        return cfg.weight * min(1.0, (step + 1) / max(1, cfg.weight_warmup_steps))
-    if cfg.weight_schedule == "cosine":
-        return cfg.weight * 0.5 * (1 + np.cos(np.pi * min(1.0, step / max_steps)))
-    return cfg.weight
 
 
 class TopoLMLoss(nn.Module):
@@ -41,9 +32,8 @@ class TopoLMLoss(nn.Module):
         self.n_neighbourhoods = len(cells)
         target = topo.inverse_distances(cfg.radius, cfg.distance)
         self.register_buffer("units", torch.from_numpy(units), persistent=False)  # (S, neighbourhoods, U)
-        self.register_buffer(
-            "target", standardised_pairs(torch.from_numpy(target)), persistent=False
-        )  # (U, U)
+        target = standardised_pairs(torch.from_numpy(target))  # (U, U)
+        self.register_buffer("target", target, persistent=False)
 
     def choose(self, seed: int, step: int, micro_batch: int) -> Tensor:
         """Neighbourhoods of one micro-batch, (S, K) int64 on the device of the loss.
@@ -150,9 +140,8 @@ def correlation_loss(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     norm = centred.square().sum((-2, -1), keepdim=True).sqrt().clamp_min(TINY)
     centred = centred / norm
     corr = (centred * target).sum((-2, -1), keepdim=True)
-    e = (
-        corr * centred - target
-    ) / norm  # dloss/dr_ij of a pair: -1/2, twice, as the sums hold both triangles
+    # dloss/dr_ij of a pair: -1/2, twice, as the sums hold both triangles
+    e = (corr * centred - target) / norm
     diagonal = -(e * r).sum(-1) * scale.square()
     return (1 - corr[:, 0, 0]) / 2, e * scales + torch.diag_embed(diagonal)
 
@@ -164,6 +153,4 @@ def standardised_pairs(d: Tensor) -> Tensor:
     return d / d.norm()
 
 
-def sheet_positions(cfg: TopoConfig, sheets: Sequence[str], n_units: int) -> dict[str, np.ndarray]:
-    """Positions of every sheet, each (n_units, 2)."""
-    return {name: topo.positions(cfg.positions, n_units, cfg.seed, name) for name in sheets}
+LOSS = TopoLMLoss

@@ -20,6 +20,15 @@ class Checked(NamedTuple):
     val: Corpus
     resume_from: Path | None  # checkpoint to continue from
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 that stand for the tokens of each corpus."""
+        return {"train_data_dir": self.train.fingerprint, "val_data_dir": self.val.fingerprint}
+
+    def record(self, cfg: TrainConfig) -> dict[str, Any]:
+        """What a checkpoint keeps besides tensors and train_state; compared on resuming."""
+        return {"config": dataclasses.asdict(cfg), "data": self.fingerprints}
+
 
 def check(cfg: TrainConfig) -> Checked:
     """Raise UserError for what would stop the run later on; open the data."""

@@ -2,33 +2,26 @@
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from topogpt import topo
-from topogpt.distributed import Ranks
 from topogpt.errors import UserError
-from topogpt.model.gpt import GPT
 from topogpt.runs.folder import TrainState
-from topogpt.settings import TrainConfig
+from topogpt.spatial.schedule import weight_at
 from topogpt.terminal import duration
-from topogpt.training import preflight
 from topogpt.training.log import RunLog
+from topogpt.training.optim import lr_at
+from topogpt.training.preflight import Checked
+from topogpt.training.setup import Training
 
 
-def introduce(
-    cfg: TrainConfig,
-    ranks: Ranks,
-    corpora: preflight.Checked,
-    model: GPT,
-    how: str,
-    run: Path,
-    state: TrainState,
-    log: RunLog,
-) -> None:
-    """Say in a few lines what is about to be trained; `how` is what the device does."""
+def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
+    """Say in a few lines what is about to be trained, on what, and where."""
+    cfg, state = t.cfg, t.state
     h, w = topo.grid_shape(cfg.model.n_embd)
     log.say(
-        f"model: {model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
-        f"{2 * cfg.model.n_layer} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
+        f"model: {t.model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
+        f"{len(t.objective.positions)} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
     )
     tokens_per_step = cfg.batch_size * cfg.model.block_size
     epochs = cfg.max_steps * tokens_per_step / corpora.train.n_tokens
@@ -40,7 +33,8 @@ def introduce(
     shared = [shard.path for shard in corpora.val.shards if shard.sha256 in known]
     if shared:
         log.say(f"note: {len(shared)} of the validation shards are training data, too (first: {shared[0]})")
-    log.say(f"device: {ranks.world} x {ranks.device_name}, {how}")
+    how = t.objective.describe(compiled=t.compiled is not t.objective)
+    log.say(f"device: {t.ranks.world} x {t.ranks.device_name}, {how}")
     log.say(f"{f'resuming at step {state.step:,}' if state.step else 'starting'}; run folder: {run}")
     if state.step >= cfg.max_steps:
         log.say(f"nothing is left to train: max_steps = {cfg.max_steps}; give a larger --max_steps to go on")
@@ -49,12 +43,12 @@ def introduce(
 class Clock:
     """Tokens per second between two logged steps, evaluations and checkpoints left out."""
 
-    def __init__(self, cfg: TrainConfig, model: GPT, ranks: Ranks, step: int) -> None:
-        self.tokens_per_step = cfg.batch_size * cfg.model.block_size
-        self.flops_per_token = model.flops_per_token()
-        self.peak_flops = ranks.peak_flops
-        self.ranks, self.max_steps = ranks, cfg.max_steps
-        self.restart(step)
+    def __init__(self, t: Training) -> None:
+        self.tokens_per_step = t.cfg.batch_size * t.cfg.model.block_size
+        self.flops_per_token = t.model.flops_per_token()
+        self.ranks, self.peak_flops = t.ranks, t.ranks.peak_flops
+        self.max_steps = t.cfg.max_steps
+        self.restart(t.state.step)
 
     def restart(self, step: int) -> None:
         self.step, self.t0 = step, time.perf_counter()
@@ -74,18 +68,20 @@ class Clock:
         return speed
 
 
-def log_step(
-    cfg: TrainConfig,
-    step: int,
-    means: list[float],
-    lr: float,
-    weight: float,
-    speed: dict[str, float],
-    log: RunLog,
-) -> None:
-    """Record a training step: `means` over ranks and micro-batches as the loop stacks them."""
-    cross_entropy, spatial_loss, grad_norm, skipped = means
-    n_sheets = 2 * cfg.model.n_layer
+class Means(NamedTuple):
+    """Of a training step, over ranks and micro-batches."""
+
+    cross_entropy: float
+    spatial_loss: float  # per sheet
+    grad_norm: float
+    skipped_in_a_row: float
+
+
+def log_step(t: Training, step: int, means: Means, speed: dict[str, float], log: RunLog) -> None:
+    """Record the training step that was the step-th, and how fast it was."""
+    cfg, (cross_entropy, spatial_loss, grad_norm, skipped) = t.cfg, means
+    lr, weight = lr_at(cfg.optim, step - 1, cfg.max_steps), weight_at(cfg.topo, step - 1, cfg.max_steps)
+    n_sheets = len(t.objective.positions)
     values = {"step": step, "split": "train", "cross_entropy": cross_entropy, "loss": cross_entropy}
     text = f"cross-entropy {cross_entropy:.4f}"
     if cfg.topo.loss != "none":

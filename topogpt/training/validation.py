@@ -4,21 +4,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from topogpt.distributed import Ranks
-from topogpt.model.gpt import GPT
-from topogpt.runs.folder import TrainState
-from topogpt.settings import TrainConfig
-from topogpt.spatial.topolm import TopoLMLoss, weight_at
+from topogpt.spatial.schedule import weight_at
 from topogpt.text.loader import Corpus, fixed_batches
 from topogpt.training import maps
 from topogpt.training.log import RunLog
+from topogpt.training.setup import Training
 
 N_MAPS = 64  # tokens of the first validation text whose maps are looked at
-VALIDATION = (
-    -1
-)  # takes the place of the step where neighbourhoods are chosen: the same ones at every evaluation
+# takes the place of the step where neighbourhoods are chosen: the same ones at every evaluation
+VALIDATION = -1
 
 
 class Values(NamedTuple):
@@ -27,11 +22,10 @@ class Values(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(
-    cfg: TrainConfig, objective: nn.Module, spatial: TopoLMLoss, corpus: Corpus, ranks: Ranks
-) -> Values:
+def evaluate(t: Training, corpus: Corpus) -> Values:
     """Means over the fixed validation tokens; every rank evaluates its share and receives the same result."""
-    objective.eval()
+    cfg, ranks, spatial = t.cfg, t.ranks, t.objective.spatial
+    t.compiled.eval()
     sums = [torch.zeros(3, device=ranks.device)]
     for batch in fixed_batches(
         corpus,
@@ -42,28 +36,20 @@ def evaluate(
         world=ranks.world,
         device=ranks.device,
     ):
-        ce, each = objective(batch.tokens, batch.targets, spatial.choose(cfg.seed, VALIDATION, batch.index))
+        ce, each = t.compiled(batch.tokens, batch.targets, spatial.choose(cfg.seed, VALIDATION, batch.index))
         sums.append(torch.stack([ce, each.mean(), torch.ones_like(ce)]) * len(batch.tokens))
-    objective.train()
+    t.compiled.train()
     ce, each, n = ranks.sum(torch.stack(sums).cpu().double().sum(0)).tolist()
     return Values(ce / n, each / n)
 
 
-def report(
-    cfg: TrainConfig,
-    values: Values,
-    model: GPT,
-    spatial: TopoLMLoss,
-    corpus: Corpus,
-    run: Path,
-    state: TrainState,
-    log: RunLog,
-) -> None:
+def report(t: Training, values: Values, corpus: Corpus, run: Path, log: RunLog) -> None:
     """Log an evaluation with the mean Moran's I of each sheet's single-token maps, and draw the sheets."""
     if not log.is_main:
         return
+    cfg, state = t.cfg, t.state
     text = corpus.window(0, min(cfg.model.block_size, corpus.n_tokens)).astype("int64")
-    grids = maps.token_maps(model, torch.from_numpy(text), spatial.positions, N_MAPS)
+    grids = maps.token_maps(t.model, torch.from_numpy(text), t.objective.positions, N_MAPS)
     by_sheet = maps.mean_morans_i(grids)
     moran = sum(by_sheet.values()) / len(by_sheet)
     loss = values.cross_entropy

@@ -1,0 +1,112 @@
+"""What a run trains with, and its folder: fresh, or as a checkpoint left them."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from topogpt import rng
+from topogpt.config import to_yaml
+from topogpt.distributed import Ranks
+from topogpt.errors import UserError
+from topogpt.files import write_json, write_text
+from topogpt.model.gpt import GPT, sheet_names
+from topogpt.runs import checkpoint, folder, provenance
+from topogpt.runs.folder import TrainState
+from topogpt.settings import TrainConfig
+from topogpt.sharing.load import initial
+from topogpt.spatial.layout import sheet_positions
+from topogpt.text.loader import TokenLoader
+from topogpt.training.objective import Objective
+from topogpt.training.optim import build_optimizer
+from topogpt.training.parallel import wrap
+from topogpt.training.preflight import Checked
+
+
+@dataclass
+class Training:
+    """What a run trains with, on one rank."""
+
+    cfg: TrainConfig
+    ranks: Ranks
+    model: GPT
+    objective: Objective
+    compiled: nn.Module  # the objective as evaluation calls it
+    parallel: nn.Module  # the objective as training calls it
+    optimizer: torch.optim.Optimizer
+    state: TrainState
+
+
+def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Training:
+    """Model, objective and optimiser on this rank's device, fresh or as a checkpoint left them."""
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(rng.seed(cfg.seed, "initialisation"))
+    model, state = GPT(cfg.model), TrainState()
+    positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    if cfg.init_from and not resume_from:
+        imported = initial(cfg.model, cfg.init_from)
+        checkpoint.load_weights(model, imported.weights)
+        positions = imported.positions or positions
+    if resume_from:
+        weights, positions = checkpoint.load_tensors(resume_from)
+        checkpoint.load_weights(model, weights)
+        state = TrainState(**folder.read_state(resume_from)["train_state"])
+    objective = Objective(model, cfg, positions, ranks).to(ranks.device)
+    optimizer = build_optimizer(model, cfg.optim)
+    if resume_from:
+        checkpoint.load_optimizer(optimizer, resume_from, ranks.device)
+    return Training(cfg, ranks, model, objective, *wrap(cfg, ranks, objective), optimizer, state)
+
+
+def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: Checked, state: TrainState) -> Path:
+    """Make out/RUN with config.yaml and provenance.json; a resumed run adds its start to the latter."""
+    run = Path(cfg.out_dir) / cfg.run_name
+    if ranks.is_main:
+        if cfg.overwrite and run.exists():
+            shutil.rmtree(run)
+        (run / "maps").mkdir(parents=True, exist_ok=True)
+        if corpora.resume_from:
+            folder.restore_links(run, state)
+        write_text(run / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False)))
+        path = run / "provenance.json"
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        starts.append(provenance.collect(ranks.device, ranks.world, corpora.fingerprints))
+        write_json(path, starts)
+    ranks.barrier()
+    return run
+
+
+def token_loader(t: Training, corpora: Checked) -> TokenLoader:
+    cfg, ranks = t.cfg, t.ranks
+    return TokenLoader(
+        corpora.train,
+        block_size=cfg.model.block_size,
+        batch_size=cfg.batch_size,
+        per_device_batch_size=cfg.per_device_batch_size,
+        seed=cfg.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+    )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(cfg: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        half = max(1, cfg.per_device_batch_size // 2)
+        raise UserError(
+            f"per_device_batch_size = {cfg.per_device_batch_size} does not fit the memory of the device; try "
+            f"--per_device_batch_size {half}"
+        ) from None

@@ -1,0 +1,45 @@
+"""One optimiser step: accumulate micro-batches, clip, step. Nothing in it waits for the device."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from topogpt import rng
+from topogpt.spatial.schedule import weight_at
+from topogpt.text.loader import MicroBatch
+from topogpt.training.optim import lr_at
+from topogpt.training.setup import Training
+
+
+class Step(NamedTuple):
+    """What a step came to, on the device of this rank."""
+
+    losses: Tensor  # (2,): cross-entropy and spatial loss per sheet, means over this rank's micro-batches
+    grad_norm: Tensor  # before clipping
+    skip: Tensor  # 1 where the gradient was not finite and nothing was changed, else 0
+
+
+def optimizer_step(t: Training, step: int, batches: Sequence[MicroBatch]) -> Step:
+    """Take optimiser step number `step` on this rank's micro-batches of it."""
+    cfg = t.cfg
+    weight = weight_at(cfg.topo, step, cfg.max_steps)
+    for group in t.optimizer.param_groups:
+        group["lr"] = lr_at(cfg.optim, step, cfg.max_steps)
+    losses = torch.zeros(2, device=t.ranks.device)
+    for i, batch in enumerate(batches):
+        chosen = t.objective.choose(cfg.seed, step, batch.index)
+        torch.manual_seed(rng.seed(cfg.seed, "dropout", step, batch.index))  # no random state to save
+        last = i == len(batches) - 1
+        with contextlib.nullcontext() if last or t.ranks.world == 1 else t.parallel.no_sync():
+            ce, spatial = t.parallel(batch.tokens, batch.targets, chosen)
+            ((ce + weight * spatial.sum()) / len(batches)).backward()
+        losses += torch.stack([ce, spatial.mean()]).detach() / len(batches)
+    grad_norm = nn.utils.clip_grad_norm_(t.model.parameters(), cfg.optim.grad_clip or torch.inf)
+    skip = (~grad_norm.isfinite()).float()
+    t.optimizer.found_inf = skip  # the fused kernel leaves everything as it is where this is 1
+    t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+    return Step(losses, grad_norm, skip)
