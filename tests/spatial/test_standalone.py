@@ -7,7 +7,7 @@ import torch
 from topogpt import topo
 from topogpt.settings import TopoConfig
 from topogpt.spatial.standalone import SpatialLoss
-from topogpt.spatial.topolm import TopoLMLoss, sheet_positions
+from topogpt.spatial.topolm import TopoLMLoss
 
 SHEETS, N_UNITS = ["a", "b"], 72  # 8x9
 POSITIONS = {sheet: topo.positions("permuted", N_UNITS, 0, sheet) for sheet in SHEETS}
@@ -21,7 +21,7 @@ def batch(dtype=torch.float32, seed=0, sheets=SHEETS, n_units=N_UNITS) -> dict[s
 @pytest.mark.parametrize("settings", [{}, {"neighbourhoods": 0}, {"distance": "linf", "neighbourhoods": 2}])
 def test_it_is_the_loss_that_training_uses(settings):
     cfg = TopoConfig(radius=3, **settings)
-    theirs = TopoLMLoss(cfg, sheet_positions(TopoConfig(), SHEETS, N_UNITS))
+    theirs = TopoLMLoss(cfg, POSITIONS)
     ours = SpatialLoss(POSITIONS, radius=3, seed=4, **settings)
     expected = theirs(batch(), theirs.choose(4, 7, 0))
     assert torch.equal(ours(batch(), step=7, reduce=False), expected)
