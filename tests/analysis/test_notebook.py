@@ -6,7 +6,9 @@ import tiny
 import torch
 
 import topogpt
+from topogpt.analysis import notebook
 from topogpt.model.gpt import sheet_names
+from topogpt.sharing.load import LoadedModel
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 12, "block_size": 16, "vocab_size": 256}  # sheets of 3x4
 
@@ -41,6 +43,14 @@ def test_a_run_is_loaded_with_its_sheets_and_metrics(saved):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(topogpt.UserError, match="nowhere"):
         topogpt.load(tmp_path / "nowhere")
+
+
+def test_a_model_without_positions_asks_for_some(monkeypatch, tmp_path):
+    bare = LoadedModel(small_run().model, None, tmp_path)
+    monkeypatch.setattr(notebook, "load_model", lambda *args: bare)
+    with pytest.raises(ValueError, match="no positions of its units; give positions='identity'"):
+        topogpt.load("gpt2")
+    assert topogpt.load("gpt2", positions="identity").positions["layer.0.mlp"][5].tolist() == [1, 1]
 
 
 def test_positions_of_another_model_are_refused():
