@@ -24,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install --constraint con
 demo: $(VENV)/.demo data/pydoc/manifest.json
 	$(PY) train.py configs/demo.yaml --run_name demo --overwrite
 	@echo
-	@$(PY) summary.py out/demo
+	@$(PY) topo.py out/demo --draw
 	@echo
 	@$(PY) export.py out/demo
 	@echo && echo "a sample from the exported folder:"
@@ -35,7 +35,7 @@ demo: $(VENV)/.demo data/pydoc/manifest.json
 control: $(VENV)/.demo data/pydoc/manifest.json
 	$(PY) train.py configs/demo.yaml --run_name demo-control --overwrite --topo.loss none
 	@echo
-	@$(PY) summary.py out/demo-control
+	@$(PY) topo.py out/demo-control --draw
 	@echo
 	@test ! -d out/demo/best || $(PY) -m evals.report out/demo --control out/demo-control --stimuli_dir $(STIMULI)
 

@@ -19,9 +19,8 @@ def main(argv: list[str]) -> None:
     device = pick_device(cfg.device)
     model = load_model(cfg.run, cfg.checkpoint, device).model
     words = tokenizer.load(cfg.vocab_dir)
-    start = words.encode_document(cfg.prompt).astype(
-        "int64"
-    )  # begins with the end-of-text token, as in training
+    # begins with the end-of-text token, as in training
+    start = words.encode_document(cfg.prompt).astype("int64")
     generator = torch.Generator(device).manual_seed(cfg.seed)
     for i in range(cfg.n_samples):
         tokens = model.generate(

@@ -25,7 +25,7 @@ import torch
 from topogpt import distributed
 from topogpt.distributed import Ranks
 from topogpt.runs import checkpoint, folder
-from topogpt.runs.folder import TrainState
+from topogpt.runs.state import TrainState
 from topogpt.training import progress, setup
 from topogpt.training.interrupt import StopSignals
 from topogpt.training.log import RunLog

@@ -10,43 +10,17 @@ sections compile the whole step once for each variant, and leave out those they 
 """
 
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
 
-from bench.common import Report, device_label, random_corpus
+from bench.common import Report, device_label
+from bench.gpu_bench import Bench, GpuConfig
 from topogpt.config import parse
-from topogpt.errors import check_at_least, run_main
-from topogpt.settings import N_VOCAB, GPTConfig, OptimConfig, TopoConfig, TrainConfig
+from topogpt.errors import run_main
 
-Section = Literal[
-    "ceiling", "step", "checks", "syncs", "profile", "spatial", "cross_entropy", "attention", "optimizer",
-    "step_variants", "compile_modes",
-]  # fmt: skip
 SHORTEST = 10  # seconds: with less left, no section is begun
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuConfig:
-    """Measure what needs a GPU: python -m bench.gpu [--sections ceiling step ...]."""
-
-    sections: tuple[Section, ...] = get_args(Section)  # in this order
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA, where it is there
-    tiny: bool = False  # sizes that a CPU does in seconds, and no code generation
-    train_data_dir: tuple[str, ...] = ()  # token shards; without them the tokens are random
-    per_device_batch_size: int = 48  # sequences of 1024 tokens in a micro-step
-    repeats: int = 10  # of each measurement, in turns
-    time_limit: int = 530  # seconds for everything
-    json: bool = False  # one JSON object a line on stdout
-
-    def __post_init__(self) -> None:
-        for name in ("per_device_batch_size", "repeats", "time_limit"):
-            check_at_least(name, getattr(self, name), 1)
 
 
 class OutOfTime(BaseException):
@@ -90,77 +64,6 @@ def main(argv: list[str]) -> None:
     report.table(["name", "ours", "reference", "ratio", "unit"], rows)
     report.failed += failures
     report.finish()
-
-
-class Bench:
-    """What the sections share: sizes, data, the report, and trainers that are made once."""
-
-    def __init__(self, cfg: GpuConfig, report: Report, device, stack: ExitStack, end: float) -> None:
-        self.cfg, self.report, self.device, self.stack, self.end = cfg, report, device, stack, end
-        self.cuda, self.tiny, self.repeats = device.type == "cuda", cfg.tiny, cfg.repeats
-        self.trainers: dict = {}
-        self.backend = "aot_eager" if cfg.tiny else "inductor"
-        model = GPTConfig()
-        if cfg.tiny:
-            model = GPTConfig(n_layer=1, n_head=2, n_embd=36, block_size=32, vocab_size=128)
-        topo = TopoConfig(radius=3, neighbourhoods=2) if cfg.tiny else TopoConfig()
-        batch = 2 if cfg.tiny else cfg.per_device_batch_size
-        self.train = TrainConfig(
-            run_name="bench",
-            model=model,
-            topo=topo,
-            optim=OptimConfig(),
-            per_device_batch_size=batch,
-            batch_size=batch,
-            dtype="bfloat16",
-            compile="on",
-        )
-        self.n_tokens = batch * model.block_size
-
-    def seconds_left(self) -> float:
-        return self.end - time.perf_counter()
-
-    def steps(self, train: TrainConfig | None = None) -> Iterator:
-        """Micro-batches of each step of a run, from train.py's loader."""
-        from topogpt.text.loader import TokenLoader, open_corpus
-
-        train = train or self.train
-        vocab, block = train.model.vocab_size, train.model.block_size
-        if self.cfg.train_data_dir:
-            corpus = open_corpus(self.cfg.train_data_dir, key="train_data_dir", vocab_size=vocab)
-        else:
-            folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-            corpus = random_corpus(folder, 8 * train.batch_size * block + 1, min(vocab, N_VOCAB))
-        size = {"batch_size": train.batch_size, "per_device_batch_size": train.per_device_batch_size}
-        loader = TokenLoader(corpus, block_size=block, **size, seed=0, device=self.device)
-        return self.stack.enter_context(loader).steps(0)
-
-    def trainer(self, name: str):
-        """One of training.SETUPS, kept for later sections."""
-        from bench.training import SETUPS
-
-        if name not in self.trainers:
-            self.trainers[name] = self.new_trainer(SETUPS[name])
-        return self.trainers[name]
-
-    def new_trainer(self, setup, train: TrainConfig | None = None):
-        from dataclasses import replace
-
-        from bench.training import Trainer
-
-        return Trainer(train or self.train, replace(setup, backend=self.backend), self.device)
-
-    def free(self) -> None:
-        """Give back memory that nothing holds, and gradients."""
-        import gc
-
-        import torch
-
-        for trainer in self.trainers.values():
-            trainer.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.common import interleaved, matmul_precision, relative_error
+from bench.gpu_bench import Bench
 from bench.variants import (
     CANDIDATES,
     CandidateLoss,
@@ -27,14 +27,11 @@ from topogpt.spatial.layout import sheet_positions
 from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.training.optim import build_optimizer
 
-if TYPE_CHECKING:
-    from bench.gpu import Bench
-
 # |out - ref| / |ref| against fp32 or wider: operands rounded to bf16; sums of many of them
 BF16, BF16_SUMS, FP32 = 1e-2, 2e-2, 1e-4
 
 
-def ceiling(bench: "Bench") -> None:
+def ceiling(bench: Bench) -> None:
     """The most this device does: a large matrix product and a large copy, on random data."""
     n = 256 if bench.tiny else 8192
     a, b = (torch.randn(n, n, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
@@ -57,7 +54,7 @@ def ceiling(bench: "Bench") -> None:
     bench.report.say(f"matmul {n}^3 bf16: {flops / 1e12:.1f} TFLOP/s; copy: {bandwidth / 1e12:.2f} TB/s")
 
 
-def spatial(bench: "Bench") -> None:
+def spatial(bench: Bench) -> None:
     """Forward and backward of the spatial loss alone: the product, every candidate, the usual loop."""
     cfg, model = bench.train.topo, bench.train.model
     positions = sheet_positions(cfg, sheet_names(model.n_layer), model.n_embd)
@@ -84,7 +81,7 @@ def spatial(bench: "Bench") -> None:
     bench.report.compare("spatial", times, "usual loop", checks)
 
 
-def cross_entropy(bench: "Bench") -> None:
+def cross_entropy(bench: Bench) -> None:
     """Head and cross-entropy, forward and backward: chunked by several sizes, stored logits, torch's own."""
     c, v = bench.train.model.n_embd, bench.train.model.vocab_size
     x = torch.randn(bench.n_tokens, c, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
@@ -140,7 +137,7 @@ def in_chunks(n_logits: int, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
         sizes[device] = before
 
 
-def attention(bench: "Bench") -> None:
+def attention(bench: Bench) -> None:
     """One attention layer, forward and backward: heads as they are, or padded with zeros."""
     cfg = bench.train.model
     d = cfg.n_embd // cfg.n_head
@@ -176,7 +173,7 @@ def attention(bench: "Bench") -> None:
     bench.report.compare("attention", times, f"heads of {d}", checks)
 
 
-def optimizer(bench: "Bench") -> None:
+def optimizer(bench: Bench) -> None:
     """AdamW's step alone: fused, foreach and one parameter at a time."""
     torch.manual_seed(0)
     model = GPT(bench.train.model).to(bench.device)
@@ -201,7 +198,7 @@ def optimizer(bench: "Bench") -> None:
     bench.report.compare("AdamW", times, "foreach", checks)
 
 
-def peak_of(bench: "Bench", call: Callable[[], object]) -> float:
+def peak_of(bench: Bench, call: Callable[[], object]) -> float:
     """Bytes that a call needs at most beyond what was there; 0 where it cannot be known."""
     if not bench.cuda:
         call()

@@ -3,25 +3,21 @@
 import warnings
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from bench.common import interleaved, matmul_precision, milliseconds, relative_error, summary
+from bench.gpu_bench import Bench
 from bench.gpu_kernels import BF16, peak_of
-from bench.training import SETUPS, Setup
+from bench.training import SETUPS, Setup, Trainer
 from bench.variants import CANDIDATES
 from topogpt.distributed import Ranks
-
-if TYPE_CHECKING:
-    from bench.gpu import Bench
-    from bench.training import Trainer
 
 STEPS = 5  # in a row, before the host waits for the device
 GRADIENT = 1e-1  # relative error of a bf16 gradient of the whole network against fp32
 
 
-def step(bench: "Bench") -> None:
+def step(bench: Bench) -> None:
     """Tokens per second: topographic against its control and the usual eager loop; peak memory."""
     steps, times, memory = bench.steps(), {}, {}
     trainers = {name: bench.trainer(name) for name in SETUPS}
@@ -64,14 +60,14 @@ def step(bench: "Bench") -> None:
         )
 
 
-def persistent(trainer: "Trainer") -> float:
+def persistent(trainer: Trainer) -> float:
     """Bytes of parameters and optimiser state."""
     tensors = list(trainer.model.parameters())
     tensors += [t for s in trainer.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def checks(bench: "Bench") -> None:
+def checks(bench: Bench) -> None:
     """bf16 against fp32, stored logits and the usual loop on few sequences; compiled against eager."""
     few = replace(bench.train, per_device_batch_size=2, batch_size=2)
     batch = next(bench.steps(few))[0]
@@ -91,12 +87,12 @@ def checks(bench: "Bench") -> None:
     bench.report.table(["step in bf16", "cross-entropy", "spatial loss", "gradient"], rows)
 
 
-def head_widths(bench: "Bench") -> list[int]:
+def head_widths(bench: Bench) -> list[int]:
     d = bench.train.model.n_embd // bench.train.model.n_head
     return sorted({-(-d // 8) * 8, -(-d // 64) * 64})
 
 
-def flat_gradient(trainer: "Trainer", batch, eager: bool = False) -> tuple[torch.Tensor, ...]:
+def flat_gradient(trainer: Trainer, batch, eager: bool = False) -> tuple[torch.Tensor, ...]:
     """Cross-entropy, spatial loss per sheet, and the gradient of their weighted sum as one vector."""
     call = trainer.objective if eager else trainer.call
     ce, spatial = call(batch.tokens, batch.targets, trainer.choose(0, batch.index))
@@ -106,7 +102,7 @@ def flat_gradient(trainer: "Trainer", batch, eager: bool = False) -> tuple[torch
     return ce.detach(), spatial.detach(), gradient
 
 
-def compare(bench: "Bench", name: str, got: tuple, expected: tuple) -> list[str]:
+def compare(bench: Bench, name: str, got: tuple, expected: tuple) -> list[str]:
     cells = []
     for what, a, b, tolerance in zip(
         ("cross-entropy", "spatial loss", "gradient"), got, expected, (BF16, BF16, GRADIENT), strict=True
@@ -115,7 +111,7 @@ def compare(bench: "Bench", name: str, got: tuple, expected: tuple) -> list[str]
     return cells
 
 
-def syncs(bench: "Bench") -> None:
+def syncs(bench: Bench) -> None:
     """Host synchronisations in a step, graph breaks, and whether flash attention ran."""
     steps = bench.steps()
     if bench.cuda:
@@ -149,7 +145,7 @@ def syncs(bench: "Bench") -> None:
         bench.report.failed.append("flash attention did not run")
 
 
-def count_syncs(trainer: "Trainer", steps) -> int:
+def count_syncs(trainer: Trainer, steps) -> int:
     """Calls that made the host wait for the device, in three steps."""
     batches = [next(steps) for _ in range(3)]
     torch.cuda.synchronize()
@@ -164,7 +160,7 @@ def count_syncs(trainer: "Trainer", steps) -> int:
     return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
-def profile(bench: "Bench") -> None:
+def profile(bench: Bench) -> None:
     """Kernels of one topographic step by time."""
     steps, trainer = bench.steps(), bench.trainer("topographic")
     trainer.step(next(steps))
@@ -179,7 +175,7 @@ def profile(bench: "Bench") -> None:
     bench.report.record("kernels of a step", total / 1e3, None, "ms", top=[[r[0], r[2]] for r in rows])
 
 
-def kernels(bench: "Bench", call) -> list:
+def kernels(bench: Bench, call) -> list:
     """Profiler events of a call, those that took longest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.cuda:
@@ -194,31 +190,31 @@ def kernels(bench: "Bench", call) -> list:
     return sorted(events, key=lambda e: -time_of(bench, e))
 
 
-def time_of(bench: "Bench", event) -> float:
+def time_of(bench: Bench, event) -> float:
     """Microseconds of its own."""
     return event.self_device_time_total if bench.cuda else event.self_cpu_time_total
 
 
-def step_variants(bench: "Bench") -> None:
+def step_variants(bench: Bench) -> None:
     """The whole step with each candidate in the product's place; each is compiled."""
     setups = {f"heads of {w}": Setup(head_width=w) for w in head_widths(bench)}
     setups |= {name: Setup(spatial=CANDIDATES[name]) for name in CANDIDATES if "bf16" in name}
     in_turns(bench, "step", setups, reserve=0 if bench.tiny else 100)
 
 
-def compile_modes(bench: "Bench") -> None:
+def compile_modes(bench: Bench) -> None:
     """Modes of torch.compile, the slowest to compile last."""
     modes = ("eager", "reduce-overhead", "max-autotune-no-cudagraphs")
     in_turns(bench, "compile", {mode: Setup(compile=mode) for mode in modes}, reserve=0)
 
 
-def in_turns(bench: "Bench", title: str, setups: dict[str, Setup], reserve: float) -> None:
+def in_turns(bench: Bench, title: str, setups: dict[str, Setup], reserve: float) -> None:
     """Time steps of each setup in turns with the product's; print as each ends, leave `reserve` seconds."""
     steps, base = bench.steps(), bench.trainer("topographic")
     base.step(next(steps))
     n = 1 if bench.tiny else STEPS
 
-    def several(trainer: "Trainer") -> None:
+    def several(trainer: Trainer) -> None:
         for _ in range(n):
             trainer.step(next(steps))
 

@@ -22,7 +22,7 @@ from bench.common import Report, device_label, random_corpus, summary, synchroni
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.settings import N_VOCAB
-from topogpt.text.loader import Corpus, TokenLoader, open_corpus
+from topogpt.text.loader import Corpus, Share, TokenLoader, open_corpus
 from topogpt.text.shards import Shard
 
 LEAST = 1e-3  # ms: a shorter wait is not told from none
@@ -111,9 +111,10 @@ def main(argv: list[str]) -> None:
 
 def waits(cfg: LoaderConfig, corpus: Corpus, device, *, ahead: bool) -> list[float]:
     """Milliseconds that each step waits; the first one is the start."""
-    sizes = {"batch_size": cfg.batch_size, "per_device_batch_size": cfg.per_device_batch_size}
+    options = {"batch_size": cfg.batch_size, "per_device_batch_size": cfg.per_device_batch_size}
+    options |= {"block_size": cfg.block_size, "seed": cfg.seed, "ranks": Share(device=device)}
     found = []
-    with TokenLoader(corpus, block_size=cfg.block_size, **sizes, seed=cfg.seed, device=device) as loader:
+    with TokenLoader(corpus, **options) as loader:
         t0 = time.perf_counter()
         steps = loader.steps(0) if ahead else map(loader.step, range(1 + cfg.steps))
         for _ in range(1 + cfg.steps):

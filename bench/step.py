@@ -132,7 +132,7 @@ def say_share(report: Report, times: dict[str, list[float]], compiled: bool) -> 
 @contextlib.contextmanager
 def data(cfg: StepConfig, device: "torch.device") -> Iterator[Iterator[list["MicroBatch"]]]:
     """Micro-batches of each step, through the loader of train.py."""
-    from topogpt.text.loader import TokenLoader, open_corpus
+    from topogpt.text.loader import Share, TokenLoader, open_corpus
 
     with contextlib.ExitStack() as stack:
         if cfg.train_data_dir:
@@ -141,16 +141,9 @@ def data(cfg: StepConfig, device: "torch.device") -> Iterator[Iterator[list["Mic
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             n_tokens = 4 * cfg.batch_size * cfg.model.block_size + 1
             corpus = random_corpus(folder, n_tokens, cfg.model.vocab_size)
-        loader = stack.enter_context(
-            TokenLoader(
-                corpus,
-                block_size=cfg.model.block_size,
-                batch_size=cfg.batch_size,
-                per_device_batch_size=cfg.per_device_batch_size,
-                seed=cfg.seed,
-                device=device,
-            )
-        )
+        options = {"batch_size": cfg.batch_size, "per_device_batch_size": cfg.per_device_batch_size}
+        options |= {"block_size": cfg.model.block_size, "seed": cfg.seed, "ranks": Share(device=device)}
+        loader = stack.enter_context(TokenLoader(corpus, **options))
         yield loader.steps(0)
 
 
@@ -184,9 +177,8 @@ def peak_memory(trainer: "Trainer", steps: Iterator[list["MicroBatch"]], ranks) 
         torch.cuda.reset_peak_memory_stats(ranks.device)
     for _ in range(2):
         trainer.step(next(steps))
-    status = Path(
-        "/proc/self/status"
-    )  # getrusage() would count the memory of the process that started this one
+    # getrusage() would count the memory of the process that started this one
+    status = Path("/proc/self/status")
     if ranks.device.type != "cuda" and status.exists():
         return 1024.0 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return ranks.peak_memory()

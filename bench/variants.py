@@ -152,9 +152,8 @@ class AllSheets(torch.autograd.Function):
         else:
             dx = []
             for x, i, f in zip(columns, units, m, strict=True):
-                each = (
-                    torch.bmm(x.view(-1, *i.shape).transpose(0, 1), f).transpose(0, 1).flatten(1)
-                )  # (N, K * U)
+                each = torch.bmm(x.view(-1, *i.shape).transpose(0, 1), f)  # (K, N, U)
+                each = each.transpose(0, 1).flatten(1)  # (N, K * U)
                 dx.append(each.new_zeros(ctx.shape).index_add_(1, i.flatten(), each))
         return *[None] * 7, *(d.to(ctx.dtype) for d in dx)
 

@@ -150,7 +150,7 @@ def terminate_rank_1(step: int) -> None:
 
     def wrapped(self, start_step):
         for i, batches in enumerate(steps(self, start_step), start=start_step):
-            if i == step and self.rank == 1:
+            if i == step and self.ranks.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batches
 

@@ -18,7 +18,8 @@ from topogpt import rng, topo
 from topogpt.config import parse
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.settings import TopoConfig, TrainConfig
-from topogpt.spatial.topolm import TopoLMLoss, sheet_positions
+from topogpt.spatial.layout import sheet_positions
+from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.text.loader import Corpus, TokenLoader, open_corpus
 from train import train
 

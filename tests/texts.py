@@ -1,8 +1,9 @@
-"""Documents, files of them, their preparation in this process, and what a naive loop makes of them."""
+"""Documents, files of them, their preparation in this process, what a naive loop makes of it; and shards."""
 
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import random
 from collections import namedtuple
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import prepare_fineweb
-from topogpt.text import sources, tokenizer
+from topogpt.text import loader, shards, sources, tokenizer
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -79,12 +80,9 @@ def bytes_of(out: Path) -> dict[str, str]:
 
 
 def tokens_of(out: Path, manifest: dict, split: str) -> list[int]:
-    shards = [
-        np.fromfile(out / s["path"], dtype="<u2", offset=1024)
-        for s in manifest["shards"]
-        if s["split"] == split
-    ]
-    return np.concatenate(shards).tolist() if shards else []
+    paths = [out / shard["path"] for shard in manifest["shards"] if shard["split"] == split]
+    tokens = [np.fromfile(path, dtype="<u2", offset=1024) for path in paths]
+    return np.concatenate(tokens).tolist() if tokens else []
 
 
 def naive(documents: list[Document], encoding, val_fraction: float = VAL) -> dict[str, list[int]]:
@@ -107,3 +105,26 @@ def check_against_naive(out: Path, manifest: dict, documents: list[Document], gp
         assert manifest["tokens"][split] == len(tokens)
         assert manifest["documents"][split] == tokens.count(50256)
     assert len(expected["val"]) > 0
+
+
+# ---- shards -------------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, tokens) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokens = np.asarray(tokens, dtype="<u2")
+    path.write_bytes(shards.header(len(tokens)) + tokens.tobytes())
+    return path
+
+
+def open_quietly(*patterns, **options) -> loader.Corpus:
+    options = {"key": "train_data_dir", "vocab_size": 50304, "log": lambda line: None} | options
+    return loader.open_corpus([str(pattern) for pattern in patterns], **options)
+
+
+def numbered(folder: Path, *sizes: int) -> loader.Corpus:
+    """A corpus whose token i is i, cut into shards of these sizes."""
+    ends = list(itertools.accumulate(sizes))
+    for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        write_shard(folder / f"{i:03}.bin", np.arange(end - size, end))
+    return open_quietly(folder)

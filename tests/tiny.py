@@ -110,7 +110,7 @@ def random_run(out: Path, name: str = "run", *, step: int = 8, seed: int = 0, **
 
     from topogpt.model.gpt import GPT, sheet_names
     from topogpt.runs import checkpoint
-    from topogpt.runs.folder import TrainState
+    from topogpt.runs.state import TrainState
     from topogpt.spatial.layout import sheet_positions
     from topogpt.training.optim import build_optimizer
 

@@ -1,5 +1,6 @@
 """Everything that knows about several processes: who I am, which device is mine, and sums over all ranks.
- Elsewhere only `ranks.world`, `ranks.is_main`, `ranks.sum` and the like appear; every rank calls them in the
+
+Elsewhere only `ranks.world`, `ranks.is_main`, `ranks.sum` and the like appear; every rank calls them in the
 same order.
 """
 

@@ -1,32 +1,62 @@
 """Files that are whole or not there, their hashes, and what is read back from them."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.tmp")
+def cache_dir() -> Path:
+    """What is kept between runs of one user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "topogpt")
+
+
+@contextlib.contextmanager
+def whole(path: Path, *, first: bool = False) -> Iterator[Path]:
+    """A name to write to, of this process alone; what is written is there whole at the end, or not at all.
+
+    Args:
+        first: a file that is there already stays: of several processes the first decides.
+    """
+    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        part.write_bytes(data)
+        yield part
         fsync(part)
-        part.replace(path)
+        if first:
+            with contextlib.suppress(FileExistsError):
+                os.link(part, path)
+            part.unlink()
+        else:
+            part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):  # of what went wrong half-way; mostly it is not there
             part.unlink()
         raise
 
 
+def leftovers(path: Path) -> list[Path]:
+    """What processes that were killed while they wrote this file have left."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+def write_bytes(path: Path, data: bytes, *, first: bool = False) -> None:
+    with whole(path, first=first) as part:
+        part.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+def write_json(path: Path, content: Any, indent: int | None = 1, *, first: bool = False) -> None:
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    # a file name that is no UTF-8 holds lone surrogates, whose backslashed form is JSON's own
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), first=first)
 
 
 def read_json(path: Path) -> dict[str, Any]:

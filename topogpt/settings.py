@@ -186,6 +186,13 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostConfig(TrainConfig):
+    """Say what a config of train.py costs: model.py [config.yaml] [--flag value ...]."""
+
+    run_name: str = "model"  # plays no part here
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Tokenise text into shards that train.py reads; without --source or --dataset: FineWeb-Edu sample-10BT.
 
@@ -232,6 +239,13 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VocabularyConfig:
+    """Find or fetch GPT-2's vocabulary, and say where it lies: python -m topogpt.text.vocabulary."""
+
+    vocab_dir: str | None = None  # holds vocab.bpe and encoder.json; default: our cache, then download
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Write text with a trained model: sample.py RUN [--prompt TEXT]."""
 
@@ -258,10 +272,12 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummaryConfig:
-    """Print what a run came to, and draw its sheets before and after: summary.py RUN."""
+class MapConfig:
+    """Show what a run came to, and its map: topo.py RUN."""
 
-    run: str  # folder of a run, such as out/NAME
+    run: str  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
+    checkpoint: str = "best"  # of a run: best, last or step-N
+    draw: bool = False  # draw the sheets of the first and this step side by side, too (takes matplotlib)
 
 
 @dataclass(frozen=True, kw_only=True)

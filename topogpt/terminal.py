@@ -1,8 +1,14 @@
 """What a person sees on a terminal: lines, tables, bars, spans of time."""
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
+
+HALF_BLOCK = "\u2580"  # its upper half in one colour, its lower in another: two cells
+SHADES = " .:-=+*#%@"
+BLUE, WHITE, RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)
 
 
 def say(line: str = "") -> None:
@@ -38,6 +44,39 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def has_colours() -> bool:
+    """Whether a person sees 24-bit colours and half blocks here (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain and "utf" in (sys.stdout.encoding or "").lower()
+
+
+def picture(values: Sequence[Sequence[float]], colours: bool) -> list[str]:
+    """Lines that show a map of values from -1 (blue, light) to 1 (red, dark).
+
+    In colours a cell is half a character high, else two characters wide: nothing is averaged.
+    """
+    if not colours:
+        last = len(SHADES) - 1
+        return ["".join(2 * SHADES[round((clip(v) + 1) / 2 * last)] for v in row) for row in values]
+    lines = []
+    for upper, lower in zip_longest(values[::2], values[1::2]):
+        below = [f"\033[48;2;{colour(v)}m" for v in lower] if lower is not None else [""] * len(upper)
+        cells = (f"\033[38;2;{colour(v)}m{b}{HALF_BLOCK}" for v, b in zip(upper, below, strict=True))
+        lines.append("".join(cells) + "\033[0m")
+    return lines
+
+
+def colour(value: float) -> str:
+    """Red, green and blue, of a blue below 0 and a red above."""
+    value = clip(value)
+    pairs = zip(WHITE, RED if value > 0 else BLUE, strict=True)
+    return ";".join(str(round(w + abs(value) * (c - w))) for w, c in pairs)
+
+
+def clip(value: float) -> float:
+    return min(1.0, max(-1.0, value))
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 
 from topogpt import rng
 
+N_NOISE = 500  # white-noise maps whose Moran's I is the floor
+
 
 def grid_shape(n_units: int) -> tuple[int, int]:
     """Height and width of the most nearly square grid of n_units: 784 -> (28, 28), 3072 -> (48, 64)."""
@@ -100,6 +102,12 @@ def morans_i(grids: np.ndarray, contiguity: Literal["queen", "rook"] = "queen") 
     lag = lag / sum(inside[i : i + h, j : j + w] for i, j in steps)
     with np.errstate(invalid="ignore"):
         return (z * lag).sum(axis=(-2, -1)) / (z * z).sum(axis=(-2, -1))
+
+
+def noise_floor(h: int, w: int) -> tuple[float, float]:
+    """Mean and standard deviation of Moran's I over N_NOISE maps of white noise on a grid, unsmoothed."""
+    found = morans_i(np.random.default_rng(0).standard_normal((N_NOISE, h, w)))
+    return float(np.nanmean(found)), float(np.nanstd(found))
 
 
 def sheet_order(sheet: str) -> list[tuple[int, str]]:

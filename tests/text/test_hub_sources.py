@@ -305,9 +305,8 @@ def test_a_mirror_of_the_hub_is_used_and_a_cut_download_goes_on(tmp_path, gpt2):
     documents = make_documents(400)
     path = tmp_path / "x.parquet"
     columns = {"id": [d.id for d in documents], "text": [d.text for d in documents]}
-    bulk = [
-        random.Random(i).randbytes(60_000) for i in range(400)
-    ]  # a client keeps what comes in 10 MB pieces
+    # a client keeps what comes in 10 MB pieces
+    bulk = [random.Random(i).randbytes(60_000) for i in range(400)]
     pq.write_table(pa.table(columns | {"bulk": bulk}), path)
     Server.files, Server.asked = {"sample/10BT/000_00000.parquet": path.read_bytes()}, []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:

@@ -20,8 +20,9 @@ from topogpt import topo
 from topogpt.config import parse
 from topogpt.errors import UserError
 from topogpt.runs import checkpoint
+from topogpt.runs import folder as runfolder
 from topogpt.runs.checkpoint import load_run
-from topogpt.runs.folder import TrainState
+from topogpt.runs.state import TrainState
 from topogpt.settings import TrainConfig
 from topogpt.training import maps
 from topogpt.training.objective import Objective
@@ -131,7 +132,7 @@ def test_the_record_holds_every_step_and_every_evaluation(run, folder):
 
 
 def test_the_maps_of_an_evaluation_are_kept(run):
-    arrays = maps.load_arrays(run / "maps" / "step-000016.npz")
+    arrays = runfolder.read_maps(run, 16)
     assert {sheet: grids.shape for sheet, grids in arrays.items()} == {
         "layer.0.attn": (16, 4, 4),
         "layer.0.mlp": (16, 4, 4),

@@ -1,5 +1,6 @@
 """Checkpoints: weights, positions and optimiser of a step, saved whole or not at all, and loaded.
- A checkpoint is written under a temporary name, fsynced and renamed, so one that has its final name is
+
+A checkpoint is written under a temporary name, fsynced and renamed, so one that has its final name is
 complete.
 """
 
@@ -20,7 +21,8 @@ from topogpt import topo
 from topogpt.errors import UserError
 from topogpt.files import fsync, permit
 from topogpt.model.gpt import GPT
-from topogpt.runs.folder import TrainState, complete, point, read_state, step_folder
+from topogpt.runs.folder import complete, point, read_state, step_folder
+from topogpt.runs.state import TrainState
 from topogpt.settings import GPTConfig
 from topogpt.topography import PREFIX
 
@@ -41,11 +43,7 @@ def save(
     if not final.exists():
         try:
             write(final, model, positions, optimizer, {**record, "train_state": dataclasses.asdict(state)})
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have errors of their own
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
             raise UserError(
                 f"checkpoint {final} cannot be written: {error}; those before it are kept: make room, "
                 "then --resume"

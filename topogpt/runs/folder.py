@@ -8,43 +8,19 @@ Nothing here imports torch, so that preflight.py can look into a run at once.
 """
 
 import json
-import math
 import os
 import shutil
-from dataclasses import dataclass
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from topogpt.errors import UserError
+from topogpt.runs.state import TrainState
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "state.json")
-
-
-@dataclass
-class TrainState:
-    """Where a run stands: everything the loop carries from step to step besides weights and optimiser."""
-
-    step: int = 0  # optimiser steps done
-    best_cross_entropy: float | None = None  # lowest validation cross-entropy of a saved step
-    best_step: int | None = None
-    last_cross_entropy: float | None = None  # of the last evaluation
-    increases: int = 0  # evaluations in a row at which it rose
-    evaluated_at: int | None = None  # step of the last evaluation
-    skipped_in_a_row: int = 0  # steps skipped for a non-finite gradient
-    wandb_id: str | None = None
-
-    def update(self, cross_entropy: float) -> bool:
-        """Take in an evaluation; return whether it is the best so far. NaN is an increase, never best."""
-        last = self.last_cross_entropy
-        rose = last is not None and not cross_entropy <= (math.inf if math.isnan(last) else last)
-        self.increases = self.increases + 1 if rose else 0
-        self.last_cross_entropy, self.evaluated_at = cross_entropy, self.step
-        best = not math.isnan(cross_entropy) and (
-            self.best_cross_entropy is None or cross_entropy < self.best_cross_entropy
-        )
-        if best:
-            self.best_cross_entropy, self.best_step = cross_entropy, self.step
-        return best
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -73,6 +49,23 @@ def read_metrics(run: Path, split: str) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         pass  # what was read until there counts
     return [record for record in records if record.get("split") == split]
+
+
+def read_maps(run: Path, step: int) -> dict[str, np.ndarray] | None:
+    """Maps of single tokens at an evaluation, sheet -> (n_maps, h, w); None where they were not kept."""
+    path = run / "maps" / f"step-{step:06d}.npz"
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = dict(arrays)
+        if not found or len({a.shape for a in found.values()}) > 1 or next(iter(found.values())).ndim != 3:
+            raise ValueError("not the maps of sheets")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"maps {path} are damaged: {' '.join(str(error).split())}; delete the file to go on without them"
+        ) from None
+    return found
 
 
 def prune(run: Path, keep_last: int) -> None:
@@ -107,9 +100,7 @@ def point(link: Path, target: Path) -> None:
 
 
 def restore_links(run: Path, state: TrainState) -> None:
-    """Set `last` and `best` as they were when the newest checkpoint was written, should a kill have come
-    first.
-    """
+    """Set `last` and `best` as they were when the newest checkpoint was written, if a kill came before."""
     point(run / "last", step_folder(run, state.step))
     if state.best_step is not None and step_folder(run, state.best_step).is_dir():
         point(run / "best", step_folder(run, state.best_step))

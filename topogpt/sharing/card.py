@@ -3,37 +3,23 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from topogpt import topo
 from topogpt.runs.folder import read_metrics
 from topogpt.settings import N_VOCAB
+from topogpt.topo import N_NOISE, noise_floor
+
+if TYPE_CHECKING:
+    from topogpt.runs.checkpoint import LoadedRun
 
 # What is known about data sets: name on the Hub -> title, licence (the Hub's name for it), licence in words.
 LICENCES = {
     "HuggingFaceFW/fineweb-edu": ("FineWeb-Edu", "odc-by", "ODC-By 1.0"),
     "HuggingFaceFW/fineweb": ("FineWeb", "odc-by", "ODC-By 1.0"),
 }
+SAID = {"started", "git_sha", "git_diff", "python", "packages", "device", "world_size", "data_sha256"}
 ASK = "not recorded with the run; ask whoever trained it"
-N_NOISE = 500  # white-noise maps whose Moran's I is the floor
-
-TOPOLM = """@inproceedings{rathi2025topolm,
-  title={TopoLM: brain-like spatio-functional organization in a topographic language model},
-  author={Rathi, Neil and Mehrer, Johannes and AlKhamissi, Badr and Binhuraib, Taha and
-          Blauch, Nicholas M. and Schrimpf, Martin},
-  booktitle={International Conference on Learning Representations},
-  year={2025},
-  url={https://arxiv.org/abs/2410.11516}
-}"""
-FINEWEB = """@article{penedo2024fineweb,
-  title={The FineWeb Datasets: Decanting the Web for the Finest Text Data at Scale},
-  author={Penedo, Guilherme and Kydlicek, Hynek and Ben Allal, Loubna and Lozhkov, Anton and
-          Mitchell, Margaret and Raffel, Colin and von Werra, Leandro and Wolf, Thomas},
-  year={2024},
-  url={https://arxiv.org/abs/2406.17557}
-}"""
 
 
 class Data(NamedTuple):
@@ -44,35 +30,33 @@ class Data(NamedTuple):
     licence: str = ASK
 
 
-def write(
-    run: Path, state: dict[str, Any], n_parameters: int, repo_id: str | None, dtype: str, has_picture: bool
-) -> str:
-    """Text of README.md for a checkpoint with this state.json."""
+def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_picture: bool) -> str:
+    """Text of README.md for a checkpoint, from card.md.jinja."""
+    import jinja2
+
+    state = loaded.state
     cfg, step = state["config"], state["train_state"]["step"]
+    model, value = cfg["model"], validation_at(run, step)
     data = data_of(cfg, state.get("data", {}))
-    value = validation_at(run, step)
     name = repo_id.rpartition("/")[2] if repo_id else cfg["run_name"]
-    evaluations = read_evaluations(run)
-    sections = [
-        front_matter(name, data, value),
-        f"# {name}\n\n{what_it_is(cfg, n_parameters)}",
-        "![one token on every sheet](sheets.png)\n\nOne token's activation on every sheet."
-        if has_picture
-        else "",
-        f"## How to load it and its map\n\n{how_to_load(cfg, repo_id)}",
-        f"## Training\n\n{training(cfg, step, data, dtype)}",
-        f"## Results\n\n{results(cfg, value, evaluations)}",
-        f"## Files\n\n{FILES}",
-        f"## Provenance\n\n{provenance(run)}",
-        f"## Limits and licence\n\n{LIMITS}",
-        "## Citation\n\n```bibtex\n"
-        + "\n\n".join([TOPOLM] + [FINEWEB] * ("fineweb" in (data.repo or "")))
-        + "\n```",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-# ---- sections ------------------------------------------------------------------------------------
+    h, w = topo.grid_shape(model["n_embd"])
+    n_vocab = min(model["vocab_size"], N_VOCAB)
+    words = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return words.get_template("card.md.jinja").render(
+        front_matter=front_matter(name, data, value), name=name, repo_id=repo_id, has_picture=has_picture,
+        cfg=cfg, model=model, sheets=cfg["topo"], h=h, w=w, n_sheets=len(loaded.positions),
+        layer=model["n_layer"] // 2, gpt2_words=model["vocab_size"] >= N_VOCAB, N_VOCAB=N_VOCAB, dtype=dtype,
+        n_parameters=loaded.model.n_parameters(), data=data, step=step,
+        tokens=step * cfg["batch_size"] * model["block_size"],
+        value=value, evaluations=read_evaluations(run), n_vocab=n_vocab, blind=math.log(n_vocab),
+        perplexity=perplexity(value["cross_entropy"]) if value else None,
+        floor=noise_floor(h, w), N_NOISE=N_NOISE, starts=read_starts(run), thousands="{:,}".format,
+    )  # fmt: skip
 
 
 def front_matter(name: str, data: Data, value: dict[str, Any] | None) -> str:
@@ -107,149 +91,16 @@ def front_matter(name: str, data: Data, value: dict[str, Any] | None) -> str:
         model_name=name if results else None,
         eval_results=results or None,
     )
-    return f"---\n{card.to_yaml()}\n---"
+    return card.to_yaml()
 
 
-def what_it_is(cfg: dict[str, Any], n_parameters: int) -> str:
-    model, sheets = cfg["model"], cfg["topo"]
-    h, w = topo.grid_shape(model["n_embd"])
-    text = (
-        "A GPT whose units lie on two-dimensional sheets, as neurons do in cortex: "
-        f"{model['n_layer']} layers, {model['n_embd']} wide, {model['n_head']} heads, "
-        f"{model['block_size']} tokens of context, {n_parameters / 1e6:.1f}M parameters as trained. The "
-        f"attention and the MLP of each layer are a sheet of {h}x{w} units each, {2 * model['n_layer']} in "
-        f"all. It is a plain `GPT2LMHeadModel` ({'exact GELU' if model['gelu'] == 'exact' else 'tanh GELU'}, "
-        f"{'with biases' if model['bias'] else 'biases zero'}) and needs no code of ours."
-    )
-    if sheets["loss"] == "none":
-        return f"{text}\n\n**This is a control:** its units have positions, but no spatial loss was trained."
-    where = "after" if model["post_residual"] else "before"
-    return (
-        f"{text}\n\nA spatial loss ({sheets['loss']}, weight {sheets['weight']}) pulled units that lie close "
-        "together towards firing together. A sheet shows the output of its branch, "
-        f"{where} it is added to the residual stream."
-    )
-
-
-def how_to_load(cfg: dict[str, Any], repo_id: str | None) -> str:
-    """About ten lines of Python that run as they are: in this folder, or anywhere for a repository."""
-    model = cfg["model"]
-    layer = model["n_layer"] // 2
-    module = f"transformer.h[{layer}]" + ("" if model["post_residual"] else ".mlp")
-    here = '"."  # this folder; for a repository: huggingface_hub.snapshot_download("USER/NAME")'
-    imports, run = "AutoModelForCausalLM", "model(torch.tensor([[1, 2, 3]]))"
-    note = "The run's tokens are not GPT-2's words, so there is no tokenizer."
-    if model["vocab_size"] >= N_VOCAB:
-        imports += ", AutoTokenizer"
-        run = (
-            "words = AutoTokenizer.from_pretrained(folder)\n"
-            'tokens = words("<|endoftext|>The cortex", return_tensors="pt")  # documents start with it\n'
-            "print(words.decode(model.generate(**tokens, max_new_tokens=8)[0]))"
-        )
-        note = (
-            "The tokenizer reads `<|endoftext|>` in a text as the end-of-text token; pass "
-            "`split_special_tokens=True` where it should be plain text, as in training."
-        )
-    lines = ["import torch", "from safetensors.torch import load_file", f"from transformers import {imports}"]
-    if repo_id:
-        here = f'snapshot_download("{repo_id}")'
-        lines.insert(1, "from huggingface_hub import snapshot_download")
-    lines += [
-        "",
-        f"folder = {here}",
-        "model = AutoModelForCausalLM.from_pretrained(folder).eval()",
-        "shown = []",
-        f"model.{module}.register_forward_hook(lambda module, inputs, output: shown.append(output))",
-        run,
-        f'row, column = load_file(f"{{folder}}/topography.safetensors")["layer.{layer}.mlp"].long().T',
-        "output = shown[0][0] if isinstance(shown[0], tuple) else shown[0]  # (batch, tokens, units)",
-        f"sheet = torch.zeros{topo.grid_shape(model['n_embd'])}",
-        "sheet[row, column] = output[0, -1].detach()  # the last token's activation, every unit in its place",
-        "print(sheet)",
-    ]
-    code = "\n".join(lines)
-    return f"```python\n{code}\n```\n\n`topography.json` says which module shows each sheet. {note}"
-
-
-def training(cfg: dict[str, Any], step: int, data: Data, dtype: str) -> str:
-    model, optim = cfg["model"], cfg["optim"]
-    tokens = step * cfg["batch_size"] * model["block_size"]
-    lines = [
-        f"Data: {data.words}",
-        f"Licence of the data: {data.licence}",
-        f"Tokens seen: {tokens:,} ({step:,} steps of {cfg['batch_size']} sequences of {model['block_size']})",
-        f"Tokenizer: GPT-2's byte-pair encoding, {N_VOCAB} tokens"
-        if model["vocab_size"] >= N_VOCAB
-        else f"Tokens: {model['vocab_size']} numbers, not GPT-2's words",
-        f"Optimiser: AdamW, peak learning rate {optim['lr']}, {optim['warmup_steps']} warm-up steps, weight "
-        f"decay {optim['weight_decay']}, dropout {model['dropout']}",
-        f"Stored as {dtype}; every setting is in `training_config.yaml`",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def results(
-    cfg: dict[str, Any], value: dict[str, Any] | None, evaluations: list[tuple[str, str, str]]
-) -> str:
-    h, w = topo.grid_shape(cfg["model"]["n_embd"])
-    floor, spread = noise_floor(h, w)
-    lines = ["The run has no evaluation at this step."]
-    if value:
-        n_vocab = min(cfg["model"]["vocab_size"], N_VOCAB)
-        ce, noise = value["cross_entropy"], f"white noise on this {h}x{w} grid: {floor:.3f} +- {spread:.3f}"
-        lines = [
-            f"On validation text, after {value['step']:,} steps:",
-            "",
-            "| measure | value | for comparison |",
-            "|---|---|---|",
-            f"| cross-entropy (nats per token) | {ce:.4f} | {math.log(n_vocab):.2f}: a blind guess |",
-            f"| perplexity per token | {perplexity(ce):.2f} | {n_vocab}: a blind guess |",
-            f"| spatial loss, mean over sheets | {value['spatial_loss']:.4f} | 0.5: independent units |",
-            f"| mean Moran's I of single-token maps, unsmoothed | {value['moran']:.3f} | {noise} |",
-        ]
-    lines += ["", MORAN]
-    if evaluations:
-        lines += ["", "| evaluation | measure | value |", "|---|---|---|"]
-        lines += [f"| {name} | {key} | {number} |" for name, key, number in evaluations]
-    return "\n".join(lines)
-
-
-MORAN = f"""Moran's I (queen contiguity, row-standardised) is about 0 for maps without order and 1 for
-perfectly smooth ones. The floor is the mean and standard deviation over {N_NOISE} maps of white noise,
-unsmoothed; smoothing a map raises both its value and its floor."""
-
-FILES = """| file | what it is |
-|---|---|
-| `model.safetensors`, `config.json` | the model, as stock `transformers` loads it |
-| `topography.safetensors` | row and column of every unit: sheet -> (units, 2) |
-| `topography.json` | grid, seed, distance of neighbours in mm (a convention), which module shows a sheet |
-| `training_config.yaml`, `metrics.jsonl` | all settings of the run, and its record |
-| `padding.safetensors` | the padding rows of the embedding, to train on from here in TopoGPT |"""
-
-LIMITS = """A language model repeats what its data hold, mistakes and prejudices too. This one was trained
-for research on topography, without instruction tuning or safety training. The licence of the weights is for
-whoever publishes them to state: replace `license: unknown` above."""
-
-
-def provenance(run: Path) -> str:
-    """Code, versions and machine of the run's last start; paths and diffs stay at home."""
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """provenance.json, a list of the run's starts; empty where it is missing or lacks what the card says."""
     try:
         starts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
-        last = starts[-1]
-        packages = ", ".join(f"{name} {version}" for name, version in last["packages"].items())
-        changed = " with uncommitted changes" if last["git_diff"] else ""
-        return "\n".join(
-            [
-                f"- Code: TopoGPT, git {last['git_sha'] or 'unknown'}{changed}",
-                f"- Started {starts[0]['started']}"
-                + (f", resumed {len(starts) - 1} times" if starts[1:] else ""),
-                f"- Machine: {last['world_size']} x {last['device']}; Python {last['python']}; {packages}",
-                f"- SHA-256 of the token data: train {last['data_sha256']['train_data_dir']}, "
-                f"validation {last['data_sha256']['val_data_dir']}",
-            ]
-        )
-    except (OSError, ValueError, LookupError, TypeError):
-        return "Not recorded."
+        return starts if all(SAID <= start.keys() for start in starts) else []
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
 
 
 # ---- what the run recorded -----------------------------------------------------------------------
@@ -328,12 +179,6 @@ def picture_of(run: Path, step: int) -> Path | None:
         if path.is_file():
             return path
     return None
-
-
-def noise_floor(h: int, w: int) -> tuple[float, float]:
-    """Mean and standard deviation of Moran's I of white noise on a grid."""
-    found = topo.morans_i(np.random.default_rng(0).standard_normal((N_NOISE, h, w)))
-    return float(np.nanmean(found)), float(np.nanstd(found))
 
 
 def perplexity(cross_entropy: float) -> float:

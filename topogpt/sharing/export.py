@@ -157,7 +157,7 @@ def write_record(folder: Path, run: Path, loaded: "LoadedRun", repo_id: str | No
     picture = modelcard.picture_of(run, loaded.state["train_state"]["step"])
     if picture:
         shutil.copyfile(picture, folder / "sheets.png")
-    card = modelcard.write(run, loaded.state, loaded.model.n_parameters(), repo_id, dtype, bool(picture))
+    card = modelcard.write(run, loaded, repo_id, dtype, bool(picture))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

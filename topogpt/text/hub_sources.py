@@ -4,14 +4,11 @@ Units as in sources.py. What the Hub was asked and answered is recorded in OUT_D
 first of several ranks, and then in the manifest: a run that continues takes the same commit.
 """
 
-import contextlib
 import errno
 import itertools
 import json
 import math
-import os
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -20,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from topogpt.errors import UserError
-from topogpt.files import fsync, read_json, write_text
+from topogpt.files import read_json, write_json, write_text
 from topogpt.retry import PASSING, described, status, with_retries
 from topogpt.terminal import say
 from topogpt.text import sources
@@ -99,7 +96,7 @@ class FineWeb:
             if index in downloads:
                 units = plan(index, downloads[index].result(), self.origin(index), "text")
                 content = {"origin": self.origin(index), "units": [asdict(unit) for unit in units]}
-                write_text(self.plan_path(index), json.dumps(content))
+                write_json(self.plan_path(index), content, indent=None)
             yield from self.read_plan(index)
 
     def fetch(self, index: int) -> Path:
@@ -220,8 +217,7 @@ class Stream:
                 yield unit
             index += 1
         if rank == 0:
-            content = {"source": self.description, "n_units": index}
-            write_text(self.parts / "stream-end.json", json.dumps(content))
+            write_json(self.parts / "stream-end.json", {"source": self.description, "n_units": index})
 
     def batches(self, n_skip: int) -> Iterator[list[str]]:
         """The rows behind the first n_skip, as JSON lines with id and text alone, UNIT_BYTES at a time."""
@@ -243,10 +239,8 @@ class Stream:
 
         options = {key: self.description[key] for key in ("split", "revision")}
         try:
-            stream = datasets.load_dataset(
-                self.dataset, self.description["config"], streaming=True, **options
-            )
-            yield from stream.skip(n_skip)
+            config = self.description["config"]
+            yield from datasets.load_dataset(self.dataset, config, streaming=True, **options).skip(n_skip)
         except Exception as error:  # of many libraries, depending on the dataset
             raise UserError(
                 f"dataset = {self.dataset}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; "
@@ -266,22 +260,14 @@ def recorded(cfg: Any, asked: dict, find: Callable[[], dict]) -> dict:
     out = Path(cfg.out_dir)
     path = out / ".parts" / "source.json"
     for there in (read_json(out / "manifest.json").get("source"), read_json(path)):
-        if (
-            isinstance(there, dict)
-            and there.items() >= asked.items()
-            and cfg.revision in ("main", there["revision"])
-        ):
+        same = isinstance(there, dict) and there.items() >= asked.items()
+        if same and cfg.revision in ("main", there["revision"]):
             return there
-    temporary = path.with_name(f"source-{socket.gethostname()}-{os.getpid()}.tmp")
-    stale = path.exists()
-    temporary.write_text(json.dumps(asked | find()))
-    fsync(temporary)
+    stale, found = path.exists(), asked | find()
     if stale:
         path.unlink(missing_ok=True)
-    with contextlib.suppress(FileExistsError):  # the first of several ranks decides
-        os.link(temporary, path)
-    temporary.unlink()
-    return json.loads(path.read_text())
+    write_json(path, found, first=True)  # of several ranks
+    return read_json(path)
 
 
 def find_commit(dataset: str, revision: str) -> str | None:
@@ -299,18 +285,20 @@ def ask(what: str, call: Callable[[], Any], tries: int | None = None) -> Any:
     try:
         return with_retries(what, call, tries=tries, may_pass=may_pass, say=say)
     except Exception as error:  # of huggingface_hub, its HTTP library or the file system
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_full(error):
             raise UserError(f"{what}: no space left on the disk; free some and run again") from None
-        if not may_pass(error):
-            reason = described(error)
-            raise UserError(f"{what} cannot be had from the Hub ({reason}); {OTHER_SOURCES}") from None
-        raise UserError(
-            f"{what} cannot be had from the Hub after {tries} tries ({described(error)}); check the network "
-            f"and run the same command again to continue, {OTHER_SOURCES}"
-        ) from None
+        tried = remedy = ""
+        if may_pass(error):
+            tried = f" after {tries} tries"
+            remedy = "check the network and run the same command again to continue, "
+        problem = f"cannot be had from the Hub{tried} ({described(error)})"
+        raise UserError(f"{what} {problem}; {remedy}{OTHER_SOURCES}") from None
 
 
 def may_pass(error: Exception) -> bool:
     refused = 400 <= (status(error) or 0) < 500 and status(error) not in PASSING
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return not (refused or full or type(error).__name__ == "OfflineModeIsEnabled")
+    return not (refused or is_full(error) or type(error).__name__ == "OfflineModeIsEnabled")
+
+
+def is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,9 +1,10 @@
 """Tokens from disk to device: shards and their checks, one stream over them, and the order of its windows.
 
-    corpus = open_corpus(["data/fineweb-edu-10B/train"], key="train_data_dir", vocab_size=50304)
+    corpus = open_corpus(["data/fineweb-edu-10B/train"], key="train_data_dir", vocab_size=cfg.vocab_size)
     with TokenLoader(corpus, block_size=1024, batch_size=512, per_device_batch_size=16, seed=0) as loader:
         for micro_batches in loader.steps(start_step=0): ...
- The sequences of optimiser step s are a pure function of (shards, seed, s): no iterator state needs saving,
+
+The sequences of optimiser step s are a pure function of (shards, seed, s): no iterator state needs saving,
 and neither the number of ranks nor resumption changes the order. What a shard is, and how it is checked:
 shards.py.
 """
@@ -23,11 +24,12 @@ from topogpt import rng
 from topogpt.errors import UserError
 from topogpt.text.shards import Shard, check_shards
 
-if (
-    TYPE_CHECKING
-):  # torch takes seconds to import: what needs it imports it, so mistakes in the data answer at once
+# torch takes seconds to import: what needs it imports it, so mistakes in the data answer at once
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from topogpt.distributed import Ranks
 
 STEPS_AHEAD = 2  # optimiser steps read before they are asked for
 
@@ -38,6 +40,17 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
     index: int  # in the global batch, whatever the number of ranks
+
+
+class Share(NamedTuple):
+    """Whose part of each batch, of how many, and where to; distributed.Ranks says the same."""
+
+    rank: int = 0
+    world: int = 1
+    device: str | torch.device = "cpu"
+
+
+ALONE = Share()
 
 
 class Corpus:
@@ -90,15 +103,12 @@ class TokenLoader:
         batch_size: int,
         per_device_batch_size: int,
         seed: int,
-        rank: int = 0,
-        world: int = 1,
-        device: str | torch.device = "cpu",
+        ranks: Ranks | Share = ALONE,
     ) -> None:
-        assert batch_size % (per_device_batch_size * world) == 0, (batch_size, per_device_batch_size, world)
-        assert 0 <= rank < world, (rank, world)
+        assert batch_size % (per_device_batch_size * ranks.world) == 0, (batch_size, per_device_batch_size)
+        assert 0 <= ranks.rank < ranks.world, ranks
         self.corpus, self.block_size, self.batch_size, self.seed = corpus, block_size, batch_size, seed
-        self.per_device_batch_size, self.device = per_device_batch_size, device
-        self.rank, self.world = rank, world
+        self.per_device_batch_size, self.ranks = per_device_batch_size, ranks
         self.n_windows = corpus.n_windows(block_size)
         assert self.n_windows < 2**32, self.n_windows
         self.orders: dict[int, np.ndarray] = {}  # epoch -> order of its windows, for two epochs
@@ -120,7 +130,7 @@ class TokenLoader:
 
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of one optimiser step, read now."""
-        return [to_device(batch, self.device) for batch in self.read(step)]
+        return [to_device(batch, self.ranks.device) for batch in self.read(step)]
 
     def steps(self, start_step: int) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of each optimiser step from `start_step` on, for ever; starts reading."""
@@ -130,15 +140,15 @@ class TokenLoader:
             for step in itertools.count(start_step + STEPS_AHEAD):
                 batches = ahead.popleft().result()  # raises what the thread raised
                 ahead.append(self.reader.submit(self.read, step))
-                yield [to_device(batch, self.device) for batch in batches]
+                yield [to_device(batch, self.ranks.device) for batch in batches]
 
         return follow()
 
     def read(self, step: int) -> list[MicroBatch]:
-        sequences, size = self.sequences(step), self.per_device_batch_size
+        sequences, size, ranks = self.sequences(step), self.per_device_batch_size, self.ranks
         return [
-            read_batch(self.corpus, sequences[m * size : (m + 1) * size], self.block_size, m, self.device)
-            for m in range(self.rank, self.batch_size // size, self.world)
+            read_batch(self.corpus, sequences[m * size : (m + 1) * size], self.block_size, m, ranks.device)
+            for m in range(ranks.rank, self.batch_size // size, ranks.world)
         ]
 
     def close(self) -> None:
@@ -158,9 +168,7 @@ def fixed_batches(
     n_tokens: int,
     block_size: int,
     per_device_batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    device: str | torch.device = "cpu",
+    ranks: Ranks | Share = ALONE,
 ) -> Iterator[MicroBatch]:
     """This rank's share of the first `n_tokens` tokens in stream order, the same for any number of ranks."""
     n_windows = min(max(n_tokens // block_size, 1), corpus.n_windows(block_size))
@@ -168,9 +176,9 @@ def fixed_batches(
 
     def batch(m: int) -> MicroBatch:
         windows = range(m * size, min((m + 1) * size, n_windows))
-        return to_device(read_batch(corpus, windows, block_size, m, device), device)
+        return to_device(read_batch(corpus, windows, block_size, m, ranks.device), ranks.device)
 
-    return map(batch, range(rank, -(-n_windows // size), world))
+    return map(batch, range(ranks.rank, -(-n_windows // size), ranks.world))
 
 
 def read_batch(

@@ -12,26 +12,19 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from topogpt.errors import UserError
-from topogpt.files import fsync, read_json, write_text
+from topogpt.files import read_json, whole, write_json
 from topogpt.ranks import Place
+from topogpt.terminal import say
 from topogpt.text import sources, tokenizer
 from topogpt.text.shards import header
 from topogpt.text.sources import Unit
@@ -186,21 +179,19 @@ def work(unit: Unit) -> Counts:
     except OSError as error:
         place = error.filename or worker.parts.folder
         raise UserError(f"{place}: {error.strerror}; free or correct it and run again") from None
-    except (
-        BaseException
-    ) as error:  # tiktoken's PanicException is no Exception, and cannot be sent to the parent
-        raise RuntimeError(
-            f"tokenising {unit.path} from {unit.start}: {type(error).__name__}: {error}"
-        ) from error
+    except BaseException as error:  # tiktoken's PanicException is no Exception, and cannot be sent
+        what = f"tokenising {unit.path} from {unit.start}"
+        raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def tokenise_unit(w: Worker, unit: Unit) -> Counts:
     parts, counts = w.parts, no_counts()
     threshold = parts.settings.val_fraction * 2.0**64
-    ending = f"{socket.gethostname()}-{os.getpid()}.tmp"
-    temporary = {split: parts.folder / f"{unit.name}.{split}.{ending}" for split in SPLITS}
     with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context(open(path, "wb", 1 << 20)) for split, path in temporary.items()}
+        files = {}
+        for split in SPLITS:
+            part = stack.enter_context(whole(parts.path(unit, split)))
+            files[split] = stack.enter_context(open(part, "wb", 1 << 20))
         for doc_id, text in sources.documents(unit, parts.settings.text_column):
             if not isinstance(text, str) or not text:
                 counts.skipped["null" if text is None else "empty" if text == "" else "not_text"] += 1
@@ -212,13 +203,7 @@ def tokenise_unit(w: Worker, unit: Unit) -> Counts:
             counts.documents[split] += 1
             if unit.limit is not None and counts.n_tokens >= unit.limit:
                 break
-    for split, path in temporary.items():
-        if counts.tokens[split]:
-            fsync(path)
-            path.replace(parts.path(unit, split))
-        else:
-            path.unlink()
-    write_text(parts.sidecar(unit), json.dumps({"key": parts.settings.key(unit)} | counts._asdict()))
+    write_json(parts.sidecar(unit), {"key": parts.settings.key(unit)} | counts._asdict(), indent=None)
     return counts
 
 
@@ -239,7 +224,7 @@ def tokenise(
         if unit:
             running[pool.submit(work, unit)] = unit
         while len(running) > (n_ahead if unit else 0):
-            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+            for future in wait(running, timeout=1, return_when="FIRST_COMPLETED").done:
                 yield running.pop(future), future.result()
             show()
 
@@ -280,7 +265,7 @@ def wait_for_units(source: Any, parts: Parts, max_tokens: int | None, ranks: Pla
         if now - t_said > LOG_SECONDS:
             t_said = now
             known = f"{len(left)} of {len(units)} known units are left"
-            print(f"rank 0 waits for {ranks.world - 1} others: {known}", flush=True)
+            say(f"rank 0 waits for {ranks.world - 1} others: {known}")
         time.sleep(0.5)
 
 
@@ -303,15 +288,13 @@ def assemble(pool: Executor, units: list[Unit], parts: Parts, name: str, shard_s
         n_tokens = sum(sizes)
         for index, first in enumerate(range(0, n_tokens, shard_size)):
             last = min(first + shard_size, n_tokens)
-            pieces = [
-                Piece(
-                    parts.path(unit, split), max(first - (end - n), 0), min(last, end) - max(first, end - n)
-                )
-                for unit, n, end in zip(units, sizes, ends, strict=True)
-                if n and end > first and end - n < last
-            ]
+            pieces = []
+            for unit, n, end in zip(units, sizes, ends, strict=True):
+                start, stop = max(first, end - n), min(last, end)
+                if start < stop:
+                    pieces.append(Piece(parts.path(unit, split), start - (end - n), stop - start))
             tasks.append((f"{split}/{name}_{split}_{index:06d}.bin", split, pieces))
-    write_text(parts.folder / "assembly.json", json.dumps({"shards": [path for path, _, _ in tasks]}))
+    write_json(parts.folder / "assembly.json", {"shards": [path for path, _, _ in tasks]})
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
     made = [pool.submit(make_shard, out / path, pieces) for path, _, pieces in tasks]
@@ -339,8 +322,8 @@ def read_pieces(pieces: list[Piece]) -> Iterator[memoryview]:
 def make_shard(target: Path, pieces: list[Piece]) -> str:
     """Copy the pieces into one shard, and hash it in a second thread; its SHA-256."""
     start = header(sum(piece.n_tokens for piece in pieces))
-    temporary, sha256 = target.with_name(f"{target.name}.tmp"), hashlib.sha256(start)
-    with open(temporary, "wb") as file, ThreadPoolExecutor(1) as hasher:
+    sha256 = hashlib.sha256(start)
+    with whole(target) as part, open(part, "wb") as file, ThreadPoolExecutor(1) as hasher:
         file.write(start)
         hashed = None
         for chunk in read_pieces(pieces):
@@ -348,6 +331,4 @@ def make_shard(target: Path, pieces: list[Piece]) -> str:
             if hashed:
                 hashed.result()  # so the chunk before is free to be read into
             hashed = hasher.submit(sha256.update, chunk)
-    fsync(temporary)
-    temporary.replace(target)
     return sha256.hexdigest()

@@ -5,12 +5,12 @@ without a header are read too. What the first full reading of a file finds (SHA-
 remembered in ~/.cache/topogpt/shards.json, so later runs read headers alone.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from topogpt.errors import UserError
+from topogpt.files import cache_dir, read_json, write_json
 
 HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 MAGIC = 20240520
@@ -57,10 +58,9 @@ def check_shards(patterns: Sequence[str], vocab_size: int, verify: bool, log: Ca
     shards = {real: read_header(path) for real, path in files.items()}
     bare = [shard.path for shard in shards.values() if not shard.offset_bytes]
     if bare and verify:
-        log(
-            f"{len(bare)} of {len(files)} files without a header, read as nanoGPT's uint16 (first: {bare[0]})"
-        )
-    cache, fresh = read_cache(), {}
+        n = f"{len(bare)} of {len(files)}"
+        log(f"{n} files without a header, read as nanoGPT's uint16 (first: {bare[0]})")
+    cache, fresh = read_json(cache_path()), {}
     seen = {real: recall(cache, real) for real in files}
     n_bytes = sum(real.stat().st_size for real in files if not seen[real])
     if verify and n_bytes > LARGE_BYTES:
@@ -155,9 +155,8 @@ def read_header(path: Path) -> Shard:
             start, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); correct the path or its mode") from None
-    words = np.frombuffer(
-        start.ljust(HEADER_BYTES, b"\xff"), dtype="<i4"
-    )  # a short file is not a bare header
+    # filled up, so that a short file is not a bare header
+    words = np.frombuffer(start.ljust(HEADER_BYTES, b"\xff"), dtype="<i4")
     magic, version, tokens = words[:3].tolist()
     if size == 0:
         raise UserError(f"{path} is empty; {REMAKE}")
@@ -227,28 +226,13 @@ def recall(cache: dict, real: Path) -> tuple[str, int] | None:
 
 
 def cache_path() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home, "topogpt", "shards.json")
-
-
-def read_cache() -> dict:
-    try:
-        cache = json.loads(cache_path().read_text())
-    except (OSError, ValueError):
-        return {}
-    return cache if isinstance(cache, dict) else {}
+    return cache_dir() / "shards.json"
 
 
 def write_cache(fresh: dict) -> None:
     """Add to the cache; what another process adds in the same instant may be lost, and is computed again."""
     if not fresh:
         return
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-        with open(descriptor, "w") as file:
-            json.dump(read_cache() | fresh, file)
-        os.replace(temporary, path)
-    except OSError:
-        pass  # without a cache the next run reads the shards again
+    with contextlib.suppress(OSError):  # without a cache the next run reads the shards again
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        write_json(cache_path(), read_json(cache_path()) | fresh, indent=None)

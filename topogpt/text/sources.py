@@ -1,4 +1,4 @@
-"""Documents of local files (parquet, JSON lines, text) and of Python's own documentation.
+"""Documents of local files: parquet, JSON lines, text.
 
 A source divides its text into units of work, in a fixed order that depends on the input alone:
 
@@ -9,20 +9,13 @@ A source divides its text into units of work, in a fixed order that depends on t
 A worker reads a unit in little memory, however large the file. hub_sources.py has the sources of the Hub.
 """
 
-import ast
 import glob
 import gzip
-import hashlib
-import inspect
 import io
 import itertools
 import json
 import os
 import re
-import sys
-import sysconfig
-import tokenize
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,11 +23,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from topogpt.errors import UserError
-from topogpt.files import write_text
+from topogpt.files import sha256
 
-UNIT_BYTES = (
-    8 << 20
-)  # text in a unit: half a second of tokenising; longer .txt files are cut into such documents
+# text in a unit: half a second of tokenising; longer .txt files are cut into such documents
+UNIT_BYTES = 8 << 20
 BATCH_BYTES = 2 << 20  # text taken from a parquet file at once
 CUT_BYTES = 1 << 20  # a blank line to cut at is looked for in so much
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".txt": "txt"}
@@ -65,17 +57,15 @@ class Files:
     ) -> None:
         found = find_files(paths)
         with ThreadPoolExecutor(n_threads) as pool:  # hashing lets other threads run
-            hashes = list(pool.map(file_sha256, found.values()))
+            hashes = list(pool.map(hash_source, found.values()))
         sizes = [path.stat().st_size for path in found.values()]
+        columns = zip(found, sizes, hashes, strict=True)
         self.description = {
-            "files": [
-                {"name": name, "size": size, "sha256": sha256}
-                for name, size, sha256 in zip(found, sizes, hashes, strict=True)
-            ]
+            "files": [{"name": name, "size": size, "sha256": hash_} for name, size, hash_ in columns]
         }
         self.planned: list[Unit] = []
-        for index, (path, sha256) in enumerate(zip(found.values(), hashes, strict=True)):
-            self.planned += plan(index, path, sha256, text_column)
+        for index, (path, hash_) in enumerate(zip(found.values(), hashes, strict=True)):
+            self.planned += plan(index, path, hash_, text_column)
         self.name = slug("-".join(Path(path).name.split(".")[0] or "text" for path in paths))
         self.in_order = in_order
         self.total_weight = sum(sizes)
@@ -92,17 +82,6 @@ class Files:
 
     def finished(self, unit: Unit) -> None:
         """Told of each unit of this rank that is tokenised."""
-
-
-class PythonDocs(Files):
-    """The documentation inside Python itself: real English on every machine."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        rows = (json.dumps({"id": name, "text": text}) + "\n" for name, text in python_documents())
-        write_text(folder / "pydoc.jsonl", "".join(rows))
-        super().__init__([str(folder / "pydoc.jsonl")], "text")
-        self.description = {"python_documentation": sys.version.split()[0]} | self.description
 
 
 def find_files(paths: Sequence[str]) -> dict[str, Path]:
@@ -140,10 +119,9 @@ def split_suffix(path: Path) -> tuple[str | None, str | None]:
     return (None, None) if kind == "parquet" and compression else (kind, compression)
 
 
-def file_sha256(path: Path) -> str:
+def hash_source(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise UserError(f"source = {path} cannot be read: {error.strerror}; correct that") from None
 
@@ -333,47 +311,3 @@ def cut_in(window: bytes) -> int:
     """Where to cut: after a blank line, else a line, else between two characters."""
     cut = re.search(rb"\n[ \t\r]*\n", window) or re.search(rb"\n", window)
     return cut.end() if cut else re.search(rb"[^\x80-\xbf]|\Z", window).start()
-
-
-# ---- Python's documentation -----------------------------------------------------------------------------
-
-
-def python_documents() -> Iterator[tuple[str, str]]:
-    """The language reference's topics, and the docstrings of each standard module (parsed, not run)."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield f"topic/{name}", topics[name].strip()
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    for name in sorted(path.relative_to(stdlib).as_posix() for path in stdlib.rglob("*.py")):
-        if skipped.isdisjoint(name.split("/")):
-            text = "\n\n\n".join(docstrings(stdlib / name))
-            if len(text) >= 100:
-                yield f"module/{name}", f"{name.removesuffix('.py').replace('/', '.')}\n\n{text}"
-
-
-def docstrings(path: Path) -> Iterator[str]:
-    """Docstrings of a module, its classes and functions, under their names, in order."""
-    try:
-        with warnings.catch_warnings(), tokenize.open(path) as file:
-            warnings.simplefilter("ignore")  # of backslashes in strings
-            tree = ast.parse(file.read())
-    except (SyntaxError, ValueError, OSError):  # templates, and files in Python 2
-        return
-    named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-    def walk(node: ast.AST, prefix: str) -> Iterator[str]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, named):
-                doc = ast.get_docstring(child)
-                if doc and len(doc) >= 40:
-                    what = "class" if isinstance(child, ast.ClassDef) else "function"
-                    yield f"{what} {prefix}{child.name}\n\n{inspect.cleandoc(doc)}"
-                yield from walk(child, f"{prefix}{child.name}.")
-            elif isinstance(child, ast.If | ast.Try):
-                yield from walk(child, prefix)
-
-    if doc := ast.get_docstring(tree):
-        yield doc
-    yield from walk(tree, "")

@@ -38,13 +38,8 @@ def mean_morans_i(maps: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def save_arrays(path: Path, maps: Mapping[str, np.ndarray]) -> None:
-    """Keep maps, so that a picture can be redrawn."""
+    """Keep maps, so that a picture can be redrawn; runs.folder.read_maps reads them."""
     np.savez_compressed(path, **{sheet: grids.astype(np.float32) for sheet, grids in maps.items()})
-
-
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
 
 
 def draw(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from topogpt import topo
 from topogpt.errors import UserError
-from topogpt.runs.folder import TrainState
+from topogpt.runs.state import TrainState
 from topogpt.spatial.schedule import weight_at
 from topogpt.terminal import duration
 from topogpt.training.log import RunLog

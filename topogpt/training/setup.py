@@ -19,7 +19,7 @@ from topogpt.errors import UserError
 from topogpt.files import write_json, write_text
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.runs import checkpoint, folder, provenance
-from topogpt.runs.folder import TrainState
+from topogpt.runs.state import TrainState
 from topogpt.settings import TrainConfig
 from topogpt.sharing.load import initial
 from topogpt.spatial.layout import sheet_positions
@@ -87,16 +87,14 @@ def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: Checked, state: Tra
 
 
 def token_loader(t: Training, corpora: Checked) -> TokenLoader:
-    cfg, ranks = t.cfg, t.ranks
+    cfg = t.cfg
     return TokenLoader(
         corpora.train,
         block_size=cfg.model.block_size,
         batch_size=cfg.batch_size,
         per_device_batch_size=cfg.per_device_batch_size,
         seed=cfg.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=ranks.device,
+        ranks=t.ranks,
     )
 
 

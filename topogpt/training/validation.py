@@ -32,9 +32,7 @@ def evaluate(t: Training, corpus: Corpus) -> Values:
         n_tokens=cfg.val_tokens,
         block_size=cfg.model.block_size,
         per_device_batch_size=cfg.per_device_batch_size,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=ranks.device,
+        ranks=ranks,
     ):
         ce, each = t.compiled(batch.tokens, batch.targets, spatial.choose(cfg.seed, VALIDATION, batch.index))
         sums.append(torch.stack([ce, each.mean(), torch.ones_like(ce)]) * len(batch.tokens))
