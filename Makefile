@@ -1,6 +1,7 @@
 # make demo: set up .venv, prepare text, train a small topographic GPT, show its maps, a sample and a report (CPU or GPU,
 #            minutes); STIMULI=folder for the stimuli of its contrasts (python -m evals.fetch)
-# make test: set up .venv, check the code's style, run every test
+# make test: set up .venv, check the code's style, run every test, on WORKERS=2 cores
+# make check: before every commit, in about a minute: style, types of the public names, the quick tests
 # make test-compat: the exported model in transformers 4.51
 # make control: the demo's matched control, without the spatial loss
 
@@ -11,9 +12,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 STIMULI ?= data/stimuli
 REPORT = $(PY) -m evals.report out/demo --stimuli_dir $(STIMULI) $(if $(wildcard out/demo-control/best),--control out/demo-control)
+WORKERS ?= 2
+# A file's tests stay in one process, as they share runs.
+PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
+QUICK = $(filter-out %/test_distributed.py %/test_wheel.py,$(wildcard tests/test_*.py)) \
+	tests/analysis tests/model tests/spatial tests/text/test_loader.py -k "not compile and not gradcheck"
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo control test test-compat clean
+.PHONY: demo control test check test-compat clean
 
 demo: $(VENV)/.demo data/pydoc/manifest.json
 	$(PY) train.py configs/demo.yaml --run_name demo --overwrite
@@ -36,7 +42,13 @@ control: $(VENV)/.demo data/pydoc/manifest.json
 test: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	$(PYTEST)
+
+check: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PYTEST) $(QUICK)
 
 # The exported folder in the oldest transformers that must load it, in an environment of its own.
 test-compat: $(VENV)/.test $(COMPAT)/.done

@@ -3,7 +3,13 @@
 The scripts run from the checkout; what they share is the package topogpt, importable from anywhere.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+PACKAGE = Path(__file__).parent / "topogpt" / "__init__.py"
+VERSION = re.search('__version__ = "(.+)"', PACKAGE.read_text(encoding="utf-8"))[1]
 
 EXTRAS = {
     "data": ["datasets>=4,<6"],  # prepare_fineweb.py --dataset
@@ -13,15 +19,18 @@ EXTRAS = {
     # the analyses, python -m evals.NAME
     "evals": ["scipy<2", "scikit-learn<2", "lm-eval<1", "xarray", "matplotlib>=3.8,<4"],
 }
-DEV = ["pytest<10", "hypothesis<7", "ruff<1", "scipy<2", *EXTRAS["hf"], *EXTRAS["figures"]]
+CHECKS = ["ruff<1", "mypy<3", "pytest<10", "pytest-xdist<4", "hypothesis<7"]
+NOTEBOOKS = ["nbclient<1", "ipykernel<8"]  # running docs/notebooks
+DEV = [*CHECKS, *NOTEBOOKS, "setuptools>=77", "scipy<2", *EXTRAS["hf"], *EXTRAS["figures"]]
 
 setup(
     name="topogpt",
-    version="0.1.0",
+    version=VERSION,
     description="Pretrain GPTs whose units lie on a 2-D sheet",
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["topogpt*"]),
+    package_data={"": ["py.typed", "*.jinja"]},
     install_requires=[
         "torch>=2.11,<3",
         "numpy<3",

@@ -86,6 +86,9 @@ def ours(modules: Iterator[str], us: str = "") -> set[str]:
 @each_file
 def test_imports_go_one_way(path):
     us = module_of(path)
+    if us == "topogpt":  # the front door names what lies behind it, and imports nothing itself
+        assert not ours(imported_at_once(parse(path).body), us)
+        return
     for them in ours(imported(parse(path)), us):
         here, there = room_of(us), room_of(them)
         assert here == there or FLOOR[there] < FLOOR[here], f"{us} imports {them}"

@@ -29,19 +29,33 @@ def positions(kind: Literal["permuted", "identity"], n_units: int, seed: int, sh
     return np.stack(np.divmod(cells, grid_shape(n_units)[1]), axis=1)
 
 
+def grid_of(position: np.ndarray) -> tuple[int, int]:
+    """Height and width of the grid that positions, (n_units, 2), fill; of ours it is `grid_shape`'s."""
+    h, w = position.max(axis=0) + 1
+    return int(h), int(w)
+
+
 def units_by_cell(position: np.ndarray) -> np.ndarray:
-    """Which unit lies in each cell of the grid, row by row: the inverse of positions, (n_units,) int64."""
-    w = grid_shape(len(position))[1]
-    units = np.argsort(position[:, 0] * w + position[:, 1], kind="stable")
-    cells = position[units]
-    if not np.array_equal(cells[:, 0] * w + cells[:, 1], np.arange(len(position))):
+    """Which unit lies in each cell of the grid, row by row: the inverse of positions, (n_units,) int64.
+
+    Raises ValueError unless the (n_units, 2) positions put exactly one unit in every cell of a rectangle.
+    """
+    h, w = grid_of(position)
+    cells = position[:, 0] * w + position[:, 1]
+    units = np.argsort(cells, kind="stable")
+    if h * w != len(position) or position.min() < 0 or not np.array_equal(cells[units], np.arange(h * w)):
         raise ValueError("positions must put exactly one unit in every cell of the grid")
     return units
 
 
 def on_grid(values: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Lay values of units, (..., n_units), on their grid, (..., h, w)."""
-    return values[..., units_by_cell(position)].reshape(*values.shape[:-1], *grid_shape(len(position)))
+    """Lay values of units, (..., n_units), on their grid, (..., h, w).
+
+    Args:
+        values: one number a unit, after any number of other axes.
+        position: (n_units, 2), row and column of each unit; ValueError if they do not fill a rectangle.
+    """
+    return values[..., units_by_cell(position)].reshape(*values.shape[:-1], *grid_of(position))
 
 
 def neighbourhood_cells(h: int, w: int, radius: int) -> np.ndarray:

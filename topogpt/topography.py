@@ -61,7 +61,8 @@ def save_topography(
 def load_topography(source: str | Path) -> Topography:
     """Positions of every sheet from an exported folder, the folder of a run, or a repository of the Hub.
 
-    A folder of this name is taken before a repository.
+    A folder of this name is taken before a repository. Raises ValueError where nothing is found, or what is
+    found cannot be read or does not put one unit in every cell.
     """
     folder = Path(source)
     if not folder.is_dir():

@@ -83,6 +83,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """GPT-2's architecture with the sizes of a GPTConfig, initialised at random (N(0, 0.02))."""
+
     generate = generate
 
     def __init__(self, cfg: GPTConfig) -> None:

@@ -26,8 +26,8 @@ class TopoLMLoss(nn.Module):
         self.sheets = list(positions)
         self.per_sheet = cfg.neighbourhoods
         self.dense: bool | None = None  # NeighbourhoodLoss: None = as the device likes it
-        n_units = len(next(iter(positions.values())))
-        cells = topo.neighbourhood_cells(*topo.grid_shape(n_units), cfg.radius)  # (neighbourhoods, U)
+        grid = topo.grid_of(next(iter(positions.values())))
+        cells = topo.neighbourhood_cells(*grid, cfg.radius)  # (neighbourhoods, U)
         units = np.stack([topo.units_by_cell(p)[cells] for p in positions.values()])
         self.n_neighbourhoods = len(cells)
         target = topo.inverse_distances(cfg.radius, cfg.distance)

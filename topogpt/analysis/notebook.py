@@ -1,0 +1,321 @@
+"""What a notebook asks of a model: its activations as maps, a lesion, what it costs.
+
+    run = topogpt.load("out/demo")                                       # or USER/NAME, or an exported folder
+    maps = topogpt.activations(run, ["The cortex is a sheet."])          # sheet -> (tokens, height, width)
+    with topogpt.lesion(run, "layer.1.mlp"):
+        run.cross_entropy(["The cortex is a sheet."])
+
+`import topogpt` has the names.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topogpt import settings, topo
+from topogpt.analysis import measures
+from topogpt.model.gpt import GPT, sheet_names
+from topogpt.sharing.load import load_model
+from topogpt.text import tokenizer
+
+if TYPE_CHECKING:
+    from topogpt.analysis.pictures import Picture
+
+Text = str | Sequence[int] | np.ndarray  # or its tokens
+Kind = Literal["permuted", "identity"]
+
+
+class Run:
+    """A model with its sheets: what `load` returns, or made of a GPT of one's own.
+
+    Args:
+        model: it is put in eval mode.
+        positions: sheet -> (n_units, 2), row and column of each unit; or permuted (at random, seed 0) or
+            identity (unit i in cell i, row by row).
+        encode: text to tokens; None: GPT-2's, whose vocabulary is found on this machine, or fetched once.
+        decode: tokens to text; None: GPT-2's.
+        folder: of the checkpoint or the exported folder, where there is one.
+
+    Raises:
+        ValueError: the positions are not those of the model's sheets.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        positions: Mapping[str, np.ndarray] | Kind = "permuted",
+        *,
+        encode: Callable[[str], Sequence[int] | np.ndarray] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        sheets, n_units = sheet_names(model.cfg.n_layer), model.cfg.n_embd
+        if isinstance(positions, str):
+            positions = {sheet: topo.positions(positions, n_units, 0, sheet) for sheet in sheets}
+        if set(positions) != set(sheets) or {p.shape for p in positions.values()} != {(n_units, 2)}:
+            raise ValueError(f"positions must be {len(sheets)} arrays ({n_units}, 2): {', '.join(sheets)}")
+        self.model = model.eval()
+        self.positions: dict[str, np.ndarray] = {sheet: positions[sheet] for sheet in sheets}
+        self.folder = folder
+        self._encode, self._decode = encode, decode
+
+    def __repr__(self) -> str:
+        h, w = self.grid
+        where = f" from {self.folder}" if self.folder else ""
+        return f"Run({self.model.n_parameters():,} parameters, {len(self.sheets)} sheets of {h}x{w}{where})"
+
+    @property
+    def sheets(self) -> list[str]:
+        """Names of the sheets, in forward order: layer.0.attn, layer.0.mlp, ..."""
+        return list(self.positions)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of a sheet, in cells."""
+        return topo.grid_of(self.positions[self.sheets[0]])
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of the run's metrics.jsonl (step, split, cross_entropy, moran, ...); [] without one."""
+        folders = [] if self.folder is None else [self.folder, *self.folder.resolve().parents[:2]]
+        for path in (folder / "metrics.jsonl" for folder in folders):
+            if path.is_file():
+                return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return []
+
+    @cached_property
+    def gpt2(self) -> tokenizer.Tokenizer:
+        """GPT-2's tokenizer."""
+        return tokenizer.load()
+
+    def encode(self, text: Text) -> np.ndarray:
+        """Tokens of a text, (T,) int64; tokens are checked and given back.
+
+        Raises:
+            ValueError: it has no tokens, more than the context holds, or some that the model does not know.
+        """
+        encode = self._encode or (lambda words: self.gpt2.encode(words))
+        tokens = np.asarray(encode(text) if isinstance(text, str) else text, dtype=np.int64)
+        n, cfg = len(tokens), self.model.cfg
+        said = repr(text if len(str(text)) <= 40 else str(text)[:37] + "...")
+        if not 1 <= n <= cfg.block_size:
+            raise ValueError(f"{said} has {n} tokens; the model reads 1 to {cfg.block_size}")
+        if not 0 <= tokens.min() <= tokens.max() < cfg.vocab_size:
+            raise ValueError(f"{said} has token {tokens.max()}; the model knows 0 to {cfg.vocab_size - 1}")
+        return tokens
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Text of tokens."""
+        ids = [int(token) for token in tokens]
+        return self._decode(ids) if self._decode else self.gpt2.decode(ids)
+
+    def tokens(self, texts: Text | Sequence[Text]) -> list[str]:
+        """The tokens of texts as words, one for each map of `activations`."""
+        return [self.decode([token]) for text in as_list(texts) for token in self.encode(text)]
+
+    def activations(self, texts: Text | Sequence[Text]) -> dict[str, np.ndarray]:
+        """`topogpt.activations` of this run."""
+        return activations(self, texts)
+
+    def lesion(self, units: "Units", fill: float = 0.0) -> contextlib.AbstractContextManager[None]:
+        """`topogpt.lesion` of this run."""
+        return lesion(self, units, fill)
+
+    @torch.inference_mode()
+    def cross_entropy(self, texts: Text | Sequence[Text]) -> float:
+        """Nats per token over all tokens but each text's first, which nothing predicts.
+
+        Raises:
+            ValueError: a text has a single token.
+        """
+        total, count = 0.0, 0
+        for text in as_list(texts):
+            row = torch.from_numpy(self.encode(text)).to(self.model.device)[None]
+            if row.shape[1] < 2:
+                raise ValueError(f"{text!r} has 1 token; to predict one takes two")
+            loss = self.model(row[:, :-1], row[:, 1:]).loss
+            total, count = total + loss.item() * (row.shape[1] - 1), count + row.shape[1] - 1
+        return total / count
+
+    def sample(
+        self, prompt: Text, max_new_tokens: int = 50, *, temperature: float = 1.0, seed: int = 0
+    ) -> str:
+        """The prompt and what the model writes after it; temperature 0: the likeliest token each time."""
+        start = torch.from_numpy(self.encode(prompt)).to(self.model.device)[None]
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        n_vocab = min(self.model.cfg.vocab_size, settings.N_VOCAB)
+        new = self.model.generate(
+            start, max_new_tokens, temperature=temperature, n_vocab=n_vocab, generator=generator
+        )
+        return self.decode(new[0].tolist())
+
+
+def load(
+    source: str | Path,
+    checkpoint: str = "best",
+    *,
+    positions: Mapping[str, np.ndarray] | Kind | None = None,
+    device: str = "cpu",
+) -> Run:
+    """A trained model with its sheets.
+
+    Args:
+        source: a run (out/NAME), an exported folder (out/NAME/hf), or USER/NAME on the Hub.
+        checkpoint: of a run: best, last or step-N; on the Hub: the tag step-N.
+        positions: for a model without, such as a stock GPT-2, or instead of its own: see `Run`.
+        device: where it computes: cpu, cuda, mps.
+
+    Raises:
+        topogpt.UserError: nothing of this name is there, it is damaged, or no GPT of this shape.
+        ValueError: the model has no positions, and none are given.
+    """
+    loaded = load_model(source, checkpoint, device)
+    chosen = positions if positions is not None else loaded.positions
+    if not chosen:
+        raise ValueError(f"{source} has no positions of its units; give positions='identity' or 'permuted'")
+    return Run(loaded.model, chosen, folder=loaded.folder)
+
+
+@torch.inference_mode()
+def activations(run: Run, texts: Text | Sequence[Text]) -> dict[str, np.ndarray]:
+    """What every sheet shows on every token of some texts.
+
+    Args:
+        texts: a text or several, each read by itself, from its first token; or their tokens. Training
+            documents begin with GPT-2's end-of-text token 50256; none is added here.
+
+    Returns:
+        sheet -> (tokens, height, width) float32, the tokens of all texts one after the other: the output of
+            each branch before it is added to the residual stream (after, with post_residual), in no unit.
+
+    Raises:
+        ValueError: there is no text, or one is empty or longer than the context.
+    """
+    named: dict[str, list[np.ndarray]] = {sheet: [] for sheet in run.sheets}
+    lists = [run.encode(text) for text in as_list(texts)]
+    for tokens in lists:
+        row = torch.from_numpy(tokens).to(run.model.device)[None]
+        shown = run.model(row, activations=True, last_only=True).activations
+        for sheet in named:
+            named[sheet].append(shown[sheet][0].float().cpu().numpy())
+    return {sheet: topo.on_grid(np.concatenate(named[sheet]), p) for sheet, p in run.positions.items()}
+
+
+Units = str | Sequence[str] | Mapping[str, Sequence[int] | np.ndarray]  # what to lesion; see `lesion`
+
+
+@contextlib.contextmanager
+def lesion(run: Run, units: Units, fill: float = 0.0) -> Iterator[None]:
+    """Silence units while the `with` block runs: they write `fill` into the residual stream, for every token.
+
+    Args:
+        units: a sheet or several, all of their units; or sheet -> which units: a mask (n_units,), a mask on
+            the grid (height, width), or numbers of units.
+        fill: what lesioned units show.
+
+    Raises:
+        ValueError: there is no such sheet or unit, or a mask has another shape.
+    """
+    chosen: Mapping[str, Any]
+    if isinstance(units, Mapping):
+        chosen = units
+    else:
+        chosen = {sheet: slice(None) for sheet in ([units] if isinstance(units, str) else units)}
+    masks = {sheet: mask_of(run, sheet, which) for sheet, which in chosen.items()}
+    with contextlib.ExitStack() as stack:
+        for sheet, mask in masks.items():
+            _, layer, branch = sheet.split(".")
+            there = torch.from_numpy(mask).to(run.model.device)
+            block = run.model.transformer.h[int(layer)]
+
+            def silence(module: object, args: object, out: Tensor, there: Tensor = there) -> Tensor:
+                return out.masked_fill(there, fill)
+
+            stack.callback(getattr(block, branch).register_forward_hook(silence).remove)
+        yield
+
+
+def mask_of(run: Run, sheet: str, which: Any) -> np.ndarray:
+    """Which units of a sheet are meant, (n_units,) bool."""
+    if sheet not in run.positions:
+        raise ValueError(f"{sheet!r} is no sheet; they are {', '.join(run.sheets)}")
+    position, (h, w) = run.positions[sheet], run.grid
+    mask = np.zeros(len(position), bool)
+    if not isinstance(which, slice):
+        which = np.asarray(which)
+        if which.dtype == bool:
+            if which.shape not in (mask.shape, (h, w)):
+                raise ValueError(f"{sheet}: the mask has shape {which.shape}, not {mask.shape} or {(h, w)}")
+            which = which if which.shape == mask.shape else which[position[:, 0], position[:, 1]]
+        elif which.size and not (which.dtype.kind in "iu" and 0 <= which.min() <= which.max() < len(mask)):
+            raise ValueError(f"{sheet}: units are numbers from 0 to {len(mask) - 1}")
+        elif not which.size:
+            which = which.astype(np.int64)
+    mask[which] = True
+    return mask
+
+
+class Floor(NamedTuple):
+    """Moran's I of maps without any order."""
+
+    mean: float
+    sd: float
+
+
+def morans_i_floor(
+    grid: tuple[int, int],
+    fwhm_mm: float = 0.0,
+    *,
+    unit_distance_mm: float = 1.0,
+    maps: int = 999,
+    seed: int = 0,
+) -> Floor:
+    """Moran's I that white noise reaches on a grid, smoothed as one's maps were: read every value beside it.
+
+    Raw noise has -1 / (n_units - 1) (Moran 1950); smoothed at a FWHM of 2 mm it reaches about 0.6 on 28x28.
+
+    Args:
+        grid: height and width, in cells.
+        fwhm_mm: full width at half maximum of the smoothing (`smooth`), in mm; 0: none.
+        unit_distance_mm: between neighbouring cells.
+        maps: how many are drawn.
+        seed: of the noise.
+    """
+    noise = np.random.default_rng(seed).standard_normal((maps, *grid))
+    values = topo.morans_i(measures.smooth(noise, fwhm_mm, unit_distance_mm))
+    return Floor(float(values.mean()), float(values.std()))
+
+
+def draw(maps: Mapping[str, np.ndarray], *, token: int = -1, title: str = "") -> "Picture":
+    """A picture of every sheet: a notebook shows it, `.savefig(path)` keeps it.
+
+    Args:
+        maps: sheet -> (tokens, height, width), as `activations` returns it, or (height, width). Each is
+            standardised, so that colours are standard deviations from its own mean.
+        token: which of the tokens is drawn.
+
+    Raises:
+        ImportError: matplotlib is missing (pip install 'topogpt[figures]').
+        ValueError: there is no map.
+    """
+    from topogpt.analysis import pictures
+
+    if not maps:
+        raise ValueError("there is no map to draw")
+    return pictures.of_sheets({s: m[token] if m.ndim == 3 else m for s, m in maps.items()}, title)
+
+
+def as_list(texts: Text | Sequence[Text]) -> list[Text]:
+    """Several texts as they are, one in a list; tokens of a text are numbers."""
+    if isinstance(texts, str) or (len(texts) and isinstance(texts[0], int | np.integer)):
+        return [texts]
+    if not len(texts):
+        raise ValueError("there is no text")
+    return list(texts)
