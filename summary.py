@@ -49,7 +49,7 @@ def draw_before_and_after(run: Path, name: str, first: int, last: int) -> Path |
     from topogpt.training import maps  # imports torch
 
     columns = [
-        (f"step {step:,}: ", maps.load_arrays(run / "maps" / f"step-{step:06d}.npz"))
+        (f"step {step:,}", maps.load_arrays(run / "maps" / f"step-{step:06d}.npz"))
         for step in (first, last)
     ]
     path = run / "maps" / "before-and-after.png"

@@ -4,6 +4,7 @@ Each branch of each block is a sheet of its own ("layer.3.attn", "layer.3.mlp"):
 grid. Positions in files are in topography.py, the losses on sheets in spatial/; this needs numpy alone.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -86,6 +87,19 @@ def morans_i(grids: np.ndarray, contiguity: Literal["queen", "rook"] = "queen") 
     lag = lag / sum(inside[i : i + h, j : j + w] for i, j in steps)
     with np.errstate(invalid="ignore"):
         return (z * lag).sum(axis=(-2, -1)) / (z * z).sum(axis=(-2, -1))
+
+
+def noise_morans(
+    h: int,
+    w: int,
+    n: int,
+    seed: int | Sequence[int] = 0,
+    contiguity: Literal["queen", "rook"] = "queen",
+    readout: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Moran's I of n maps of white noise, (n,), smoothed by readout: what a map is compared with."""
+    grids = np.random.default_rng(seed).standard_normal((n, h, w))
+    return morans_i(readout(grids) if readout else grids, contiguity)
 
 
 def sheet_order(sheet: str) -> list[tuple[int, str]]:
