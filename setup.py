@@ -32,6 +32,7 @@ setup(
         "tyro<2",
         "PyYAML<7",
         "tqdm<5",
+        "jinja2>=3.1,<4",
     ],
     extras_require={**EXTRAS, "dev": DEV, "all": sorted({p for ps in (*EXTRAS.values(), DEV) for p in ps})},
 )

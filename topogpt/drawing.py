@@ -62,7 +62,9 @@ def draw_sheets(groups: Sequence[Maps], title: str, unit: str, limit: float | No
     if limit is None:
         everything = np.concatenate([grid.ravel() for maps in groups for grid in maps.values.values()])
         limit = float(np.quantile(np.abs(everything), 0.995)) or 1.0
-    columns, branches = (list(dict.fromkeys(names)) for names in zip(*map(split, groups[0].values)))
+    columns, branches = (
+        list(dict.fromkeys(names)) for names in zip(*map(split, groups[0].values), strict=True)
+    )
     h, w = next(iter(groups[0].values.values())).shape
     inches = (0.9 if len(columns) > 6 else 1.3) / w  # of a unit
     gap, line = max(1, round(h / 10)), 0.2 / inches  # in units: between sheets, and of text
