@@ -245,7 +245,8 @@ def section(found: Sequence[Result]) -> Section:
     return Section(
         "Topography",
         [
-            f"Is a sheet a map? Measured on {where}; Moran's I and clusters on the maps of single tokens.",
+            f"Is a sheet a map? Measured on {first['n_tokens']:,} tokens of held-out text, Moran's I and "
+            "clusters on the maps of single tokens.",
             Table(head, rows, f"On {where}", said),
             by_sheet(found),
         ],

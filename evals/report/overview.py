@@ -101,7 +101,7 @@ CURVES = (
     "Training. Left: cross-entropy on fixed validation text and, thin, of the training steps (nats per "
     "token; the axis ends below what is higher in the first 5 %). Middle: spatial loss on the same "
     "text (dimensionless), mean over sheets; 0 is a perfect map. Right: Moran's I (dimensionless) of "
-    "the raw maps of 64 tokens of the first validation text, mean over tokens and sheets. Dashed: what "
+    "the raw maps of 64 tokens of the first validation text, mean over tokens and sheets. Dotted: what "
     "independent units reach."
 )
 BEFORE_AND_AFTER = (
@@ -130,7 +130,7 @@ def draw_training(models: Sequence[Model]) -> "Figure":
     from topogpt.drawing import new_figure
 
     floor = nulls.noise_morans(*models[0].subject.grid, 0.0, 1.0, "queen", 999, 0).mean()
-    figure = new_figure(11.4, 2.7)
+    figure = new_figure(12.4, 2.7)
     axes = figure.subplots(1, 3)
     kinds = {"cross_entropy": ("cross-entropy (nats per token)", None), "spatial_loss": ("spatial loss", 0.5)}
     for axis, (key, (name, level)) in zip(

@@ -2,9 +2,12 @@
 
 import base64
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from topogpt.analysis.section import Label, Number, Table
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 HERE = Path(__file__).parent
 NARROWEST = 440  # pixels of the page for a figure and its caption
@@ -48,6 +51,10 @@ class Part(NamedTuple):
 
 def render(**values: Any) -> str:
     """The page of these values, whose names are those of page.html.jinja."""
+    return templates().get_template("page.html.jinja").render(values).lstrip()
+
+
+def templates() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -63,7 +70,7 @@ def render(**values: Any) -> str:
     pages.tests["label"] = lambda value: isinstance(value, Label)
     pages.filters |= {"shown": shown, "sides": sides, "base64": lambda data: base64.b64encode(data).decode()}
     pages.filters |= {"pixels": pixels, "width": lambda image: max(pixels(image), NARROWEST)}
-    return pages.get_template("page.html.jinja").render(values).lstrip()
+    return pages
 
 
 def is_number(value: Any) -> bool:

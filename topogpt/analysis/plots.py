@@ -48,7 +48,7 @@ def draw_moran(found: Sequence[Result], title: str) -> "Figure":
             values = [m["value"] for m in r.results["moran"][fwhm]["by_sheet"].values()]
             axis.plot(np.arange(len(values)), values, marker, ms=3.5, color=colour, label=r.label)
         band(axis.axhspan, found[0].results["moran"][fwhm])
-        axis.set(title=smoothing(fwhm), xlabel="sheet, from the first layer to the last", ylim=(-0.15, 1))
+        axis.set(title=smoothing(fwhm), xlabel="sheet, in the order of layers", ylim=(-0.15, 1))
     axes[0].set_ylabel("Moran's I")
     legend(figure, axes)
     figure.suptitle(title, fontsize=9)
