@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     model, topo = cfg["model"], cfg["topo"]
     print(
         f"{cfg['run_name']}: a GPT of {model['n_layer']} layers, {model['n_embd']} wide "
-        f"({2 * model['n_layer']} sheets); spatial loss: {topo['loss']}"
+        f"({len(last['moran_by_sheet'])} sheets); spatial loss: {topo['loss']}"
         + (f", weight {topo['weight']}" if topo["loss"] != "none" else "")
     )
     print(f"trained for {last['step']:,} steps on {last['tokens']:,} tokens")
@@ -49,8 +49,7 @@ def draw_before_and_after(run: Path, name: str, first: int, last: int) -> Path |
     from topogpt.training import maps  # imports torch
 
     columns = [
-        (f"step {step:,}", maps.load_arrays(run / "maps" / f"step-{step:06d}.npz"))
-        for step in (first, last)
+        (f"step {step:,}", maps.load_arrays(run / "maps" / f"step-{step:06d}.npz")) for step in (first, last)
     ]
     path = run / "maps" / "before-and-after.png"
     try:

@@ -197,7 +197,7 @@ HELD_OUT = {
 
 def section(found: Sequence[Result]) -> Section:
     each = [r.results for r in found]
-    rows: list[list[Any]] = [
+    rows = [
         ["units in the network", *(r["n_network"] for r in each)],
         ["share of all units", *(Number(r["network_percent"], 1, " %") for r in each)],
         ["units that prefer nonwords", *(r["n_reversed"] for r in each)],

@@ -12,7 +12,6 @@ import numpy as np
 from topogpt import topo
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = "RdBu_r"
@@ -81,10 +80,17 @@ def draw_sheets(groups: Sequence[Maps], title: str, unit: str, limit: float | No
         for k, branch in enumerate(branches):
             middle = top + k * (h + gap) + h / 2
             axis.text(-0.4 * line, middle, branch, rotation=90, ha="right", va="center", fontsize=8)
+        mosaic = np.full((len(branches) * (h + gap) - gap, width), np.nan)
         for sheet, grid in maps.values.items():
             column, branch = split(sheet)
-            left, above = columns.index(column) * (w + gap), top + branches.index(branch) * (h + gap)
-            image = draw_sheet(axis, grid, maps.outlined and maps.outlined[sheet], left, above, limit)
+            left, above = columns.index(column) * (w + gap), branches.index(branch) * (h + gap)
+            mosaic[above : above + h, left : left + w] = grid
+            if maps.outlined is not None:
+                axis.plot(*outline(maps.outlined[sheet], top + above, left), color=OUTLINE, lw=0.5)
+        place = (-0.5, width - 0.5, top + len(mosaic) - 0.5, top - 0.5)
+        image = axis.imshow(
+            mosaic, cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest", extent=place
+        )
     axis.set(xlim=(-line, width + 0.2 * line), ylim=(height - 2 * line, -2.6 * line), aspect="equal")
     figure.suptitle(title, fontsize=9)
     bar = figure.colorbar(image, ax=axis, shrink=min(1.0, 1.6 / (inches * height)), extend="both", pad=0.01)
@@ -97,16 +103,6 @@ def split(sheet: str) -> tuple[str, str]:
     """Column and row of a sheet in the picture: ("layer 3", "mlp") of layer.3.mlp."""
     column, _, row = sheet.rpartition(".")
     return column.replace(".", " "), row
-
-
-def draw_sheet(
-    axis: "Axes", grid: np.ndarray, outlined: np.ndarray | None, left: float, top: float, limit: float
-) -> object:
-    h, w = grid.shape
-    place = (left - 0.5, left + w - 0.5, top + h - 0.5, top - 0.5)
-    if outlined is not None:
-        axis.plot(*outline(outlined, top, left), color=OUTLINE, lw=0.5)
-    return axis.imshow(grid, cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest", extent=place)
 
 
 def outline(mask: np.ndarray, top: float, left: float) -> tuple[np.ndarray, np.ndarray]:

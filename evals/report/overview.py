@@ -78,7 +78,7 @@ def cards(models: Sequence[Model]) -> list[Card]:
 
 class Training(NamedTuple):
     notes: list[str]
-    pictures: list[Image]
+    images: list[Image]
 
 
 def training(models: Sequence[Model], figures: bool) -> Training:

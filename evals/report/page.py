@@ -32,22 +32,6 @@ class Part(NamedTuple):
     parts: list[str | Table]
     images: list[Image]
 
-    @property
-    def shown(self) -> list[str | Table]:
-        return [part for part in self.parts if isinstance(part, str) or not part.folded]
-
-    @property
-    def folded_tables(self) -> list[Table]:
-        return [part for part in self.parts if isinstance(part, Table) and part.folded]
-
-    @property
-    def pictures(self) -> list[Image]:
-        return [image for image in self.images if not image.title]
-
-    @property
-    def folded_pictures(self) -> list[Image]:
-        return [image for image in self.images if image.title]
-
 
 def render(**values: Any) -> str:
     """The page of these values, whose names are those of page.html.jinja."""
