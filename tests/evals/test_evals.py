@@ -145,7 +145,8 @@ def test_figures_are_drawn_from_the_files_alone_and_the_same_again(analysed, run
 
 def test_help_and_mistakes_answer_without_torch_or_scipy():
     code = f"import sys; {'; '.join(f'import evals.{name}' for name in ANALYSES)}; "
-    code += "print([m for m in ('torch', 'scipy', 'matplotlib') if m in sys.modules])"
+    code += "import evals.report.__main__; "
+    code += "print([m for m in ('torch', 'scipy', 'matplotlib', 'jinja2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
 

@@ -30,7 +30,7 @@ from evals import contrasts
 from evals.report import __main__ as report
 from evals.report import overview, page, reader
 from topogpt import topo
-from topogpt.analysis import heldout, nulls, section
+from topogpt.analysis import nulls, section
 from topogpt.analysis.results import read
 from topogpt.analysis.section import Number, Table
 from topogpt.config import parse
@@ -499,14 +499,6 @@ def test_held_out_text_is_cut_at_documents_and_first_pieces_come_first(tmp_path,
     assert [len(p) for p in reader.held_out(subject, 50, 30, True)] == [30, 20]
     numbers = reader.held_out(subject, 1000, 30, False)  # no words, so no documents
     assert [p[0] for p in numbers] == stream[:-1:30].tolist()[: len(numbers)]
-
-
-def test_characters_of_several_tokens_are_whole():
-    words = texts.load()
-    text = "\u6f22\u5b57 isn\u2019t \U0001f9e0"
-    shown = heldout.words_of(words.encode(text), 50304)
-    assert "".join(shown) == text and "" in shown and "\ufffd" not in "".join(shown)
-    assert heldout.words_of([5, 63], 64) == [" 5", " 63"]
 
 
 def test_tokens_of_a_small_vocabulary_are_numbers(stimuli, tmp_path):
