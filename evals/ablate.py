@@ -10,29 +10,24 @@ condition, and how much of the contrast the other units still show. TopoLM's rel
 columns of the weights that read the stream, where every layer before has written.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from evals import heldout
-from evals.activations import batches, of_tokens, token_lists
-from evals.common import Analysis, PoolingConfig, Subject, need, protocol_of, run_analyses
-from topogpt import rng
-from topogpt.analysis import measures, stimuli
+from topogpt.analysis import heldout, measures, plots, stimuli
+from topogpt.analysis.activations import of_tokens, token_lists
+from topogpt.analysis.lesions import cross_entropy, lesioned, mean_outputs, random_units
 from topogpt.analysis.measures import most_selective
+from topogpt.analysis.results import Outcome, Result
+from topogpt.analysis.section import Analysis, Drawing, Label, Number, Section, Table, need
 from topogpt.analysis.stimuli import Stimuli
+from topogpt.analysis.subject import PoolingConfig, Subject, check_alpha, protocol_of
+from topogpt.drawing import new_figure
 from topogpt.errors import UserError, check_at_least, run_main
-from topogpt.terminal import print_table, progress, say
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from topogpt.model.gpt import GPT
+from topogpt.terminal import progress
 
 UNITS = (1, 28, 196, 784, 1568, 3136)  # sizes of lesions, of those that TopoLM made
 
@@ -63,8 +58,7 @@ class AblateConfig(PoolingConfig):
         self.check_disc()
         check_at_least("n_tokens", self.n_tokens, 1)
         check_at_least("random_draws", self.random_draws, 1)
-        if not 0 < self.alpha < 1:
-            raise UserError(f"alpha = {self.alpha} must be between 0 and 1")
+        check_alpha(self.alpha)
         if self.conditions[0] == self.conditions[1]:
             raise UserError(f"conditions = {' '.join(self.conditions)} must be two; a contrast needs both")
 
@@ -117,74 +111,7 @@ def lesions_of(cfg: AblateConfig, subject: Subject, t: np.ndarray) -> list[Lesio
     return [Lesion(f"{k} most selective", most_selective(t, k), np.ones(t.shape, bool)) for k in sizes]
 
 
-def random_units(among: np.ndarray, k: int, seed: int, draw: int) -> np.ndarray:
-    """k random units among some, (S, n_units) bool; a draw's smaller lesions lie within its larger ones."""
-    candidates = np.flatnonzero(among)
-    mask = np.zeros(among.shape, bool)
-    mask.flat[candidates[rng.permutation(len(candidates), seed, "lesion", draw)[:k]]] = True
-    return mask
-
-
-# ---- lesions by hooks ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def hooked(model: "GPT", sheets: Sequence[str], hooks: Sequence[Callable]) -> Iterator[None]:
-    """Run a hook on the output of the branch behind each sheet, before it joins the residual stream."""
-    with contextlib.ExitStack() as stack:
-        for sheet, hook in zip(sheets, hooks, strict=True):
-            _, layer, branch = sheet.split(".")
-            handle = getattr(model.transformer.h[int(layer)], branch).register_forward_hook(hook)
-            stack.callback(handle.remove)
-        yield
-
-
-def lesioned(
-    model: "GPT", sheets: Sequence[str], units: np.ndarray, fill: np.ndarray
-) -> contextlib.AbstractContextManager[None]:
-    """The model with units, (S, n_units) bool, showing the values in fill, (S, n_units), for every token."""
-    import torch
-
-    mask = torch.from_numpy(units).to(model.device)
-    values = torch.from_numpy(fill.astype(np.float32)).to(model.device)
-
-    def replace(i: int, module: object, inputs: object, out: "Tensor") -> "Tensor":
-        return torch.where(mask[i], values[i].to(out.dtype), out)
-
-    return hooked(model, sheets, [partial(replace, i) for i in range(len(sheets))])
-
-
-def mean_outputs(model: "GPT", sheets: Sequence[str], rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean output of every unit's branch over the tokens of rows of equal length, (S, n_units)."""
-    totals = np.zeros((len(sheets), model.cfg.n_embd))
-
-    def add(i: int, module: object, inputs: object, out: "Tensor") -> None:
-        totals[i] += out.float().sum((0, 1)).double().cpu().numpy()
-
-    with hooked(model, sheets, [partial(add, i) for i in range(len(sheets))]):
-        cross_entropy(model, rows)
-    return totals / sum(len(row) - 1 for row in rows)
-
-
 # ---- what is measured ----------------------------------------------------------------------------
-
-
-def cross_entropy(model: "GPT", rows: Sequence[np.ndarray]) -> float:
-    """Nats per token over all tokens of all rows but the first of each, which nothing predicts."""
-    import torch
-
-    total = 0.0
-    with torch.inference_mode():
-        for batch in batches([len(row) - 1 for row in rows]):
-            longest = max(len(rows[i]) for i in batch)
-            tokens = torch.zeros(len(batch), longest - 1, dtype=torch.int64)
-            targets = torch.full_like(tokens, -1)
-            for line, i in enumerate(batch):
-                row = torch.from_numpy(rows[i].astype(np.int64))
-                tokens[line, : len(row) - 1], targets[line, : len(row) - 1] = row[:-1], row[1:]
-            loss = model(tokens.to(model.device), targets.to(model.device), keep_logits=False).loss
-            total += loss.item() * int((targets >= 0).sum())
-    return total / sum(len(row) - 1 for row in rows)
 
 
 def held_out(cfg: AblateConfig, subject: Subject) -> tuple[list[np.ndarray], dict[str, str]]:
@@ -268,7 +195,7 @@ def summary(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # ---- the analysis --------------------------------------------------------------------------------
 
 
-def analyse(cfg: AblateConfig, subject: Subject) -> Analysis:
+def analyse(cfg: AblateConfig, subject: Subject) -> Outcome:
     need("scipy")
     check_fits(cfg, subject)
     source = Path(cfg.stimuli or Path(cfg.stimuli_dir) / "fedorenko2010_localizer")
@@ -283,7 +210,7 @@ def analyse(cfg: AblateConfig, subject: Subject) -> Analysis:
     shape = intact.t.shape
     fill = mean_outputs(model, sheets, rows) if cfg.lesion == "mean" else np.zeros(shape)
     none = bench.measure(np.ones(shape, bool))
-    results, arrays = [], {"t": on_grid(subject, intact.t).astype(np.float32)}
+    results, arrays = [], {"t": subject.on_grid(intact.t).astype(np.float32)}
     for lesion in progress(lesions_of(cfg, subject, intact.t), "lesions"):
         k = int(lesion.units.sum())
         seen = bench.under(lesion.units, fill)
@@ -294,8 +221,8 @@ def analyse(cfg: AblateConfig, subject: Subject) -> Analysis:
             | {"contrast_intact": strength(intact, ~lesion.units, cfg.alpha)}
             | {"random": summary([bench.under(units, fill) for units in draws])}
         )
-        arrays[f"lesioned.{lesion.name}"] = on_grid(subject, lesion.units).astype(np.uint8)
-    return Analysis(
+        arrays[f"lesioned.{lesion.name}"] = subject.on_grid(lesion.units).astype(np.uint8)
+    return Outcome(
         protocol_of(cfg) | {"tokens_predicted": sum(len(row) - 1 for row in rows)},
         {source.name: found.sha256} | data,
         {
@@ -311,43 +238,78 @@ def analyse(cfg: AblateConfig, subject: Subject) -> Analysis:
     )
 
 
-def on_grid(subject: Subject, values: np.ndarray) -> np.ndarray:
-    """(S, n_units) as maps (S, h, w)."""
-    return subject.on_grid(dict(zip(subject.sheets, values, strict=True)))
+# ---- what is shown -------------------------------------------------------------------------------
 
 
-def table(contents: list[dict[str, Any]]) -> None:
-    for content in contents:
-        found = content["results"]
-        none, (first, second) = found["no_lesion"], found["conditions"]
-        say(f"{content['model']['label']}: cross-entropy in nats per token, and its increase (+)")
-        if found["post_residual"]:
-            say("(sheets show the residual stream; lesioned is what the branch of a sheet adds to it)")
-        rows = [["no lesion", 0, none["cross_entropy"], *[None] * 5, none["contrast"]["significant_percent"]]]
-        for lesion in found["lesions"]:
-            row = [lesion["name"], lesion["k"], lesion["cross_entropy"]]
-            row += [lesion["cross_entropy"] - none["cross_entropy"]]
-            row += [lesion["random"]["cross_entropy_mean"] - none["cross_entropy"]]
-            row += [lesion["random"]["cross_entropy_sd"]]
-            row += [lesion["conditions"][c] - none["conditions"][c] for c in (first, second)]
-            rows.append([*row, lesion["contrast"]["significant_percent"]])
-        head = [
-            "lesion",
-            "units",
-            "text",
-            "+",
-            "+ random",
-            "sd",
-            f"+ {first}",
-            f"+ {second}",
-            "% significant",
-        ]
-        print_table(head, rows)
+def section(found: Sequence[Result]) -> Section:
+    rows: list[list[Any]] = []
+    for i, result in enumerate(found):
+        none = result.results["no_lesion"]
+        rows.append([Label(f"{result.label}, cross-entropy in nats per token, and its increase (+)", i)])
+        untouched = Number(none["contrast"]["significant_percent"], 1, " %")
+        rows.append(["no lesion", 0, none["cross_entropy"], *[None] * 4, untouched])
+        rows += [lesion_row(result.results, lesion) for lesion in result.results["lesions"]]
+    first, second = found[0].results["conditions"]
+    head = ["lesion", "units", "text", "+", "+ random units", f"+ items {first}", f"+ items {second}"]
+    return Section(
+        "Ablation",
+        [
+            "What is lost with units that add nothing to the residual stream any more? Cross-entropy (nats "
+            "per token) on held-out text and its increase, beside that of as many random units (\u00b1 "
+            "standard deviation over draws), and on the items of either condition. Units that matter "
+            "for more than their number cost more than random ones. Last: share of the remaining units "
+            "in which the contrast is significant.",
+            Table([*head, "significant"], rows),
+        ],
+        [
+            f"{r.label}: sheets show the residual stream; lesioned is what the branch of a sheet adds to it."
+            for r in found
+            if r.results["post_residual"]
+        ],
+    )
 
 
-def main(argv: list[str]) -> None:
-    run_analyses("ablate", AblateConfig, argv, analyse, table)
+def lesion_row(found: dict[str, Any], lesion: dict[str, Any]) -> list[Any]:
+    none, random = found["no_lesion"], lesion["random"]
+    at_random = random["cross_entropy_mean"] - none["cross_entropy"]
+    return [
+        lesion["name"],
+        lesion["k"],
+        lesion["cross_entropy"],
+        Number(lesion["cross_entropy"] - none["cross_entropy"]),
+        Number(at_random, spread=random["cross_entropy_sd"]),
+        *(Number(lesion["conditions"][c] - none["conditions"][c]) for c in found["conditions"]),
+        Number(lesion["contrast"]["significant_percent"], 1, " %"),
+    ]
 
+
+def draw(found: Sequence[Result]) -> Iterator[Drawing]:
+    """What lesions cost on held-out text, beside as many random units."""
+    figure = new_figure(4.6, 2.8)
+    axis = figure.subplots()
+    for r, colour, marker in zip(found, plots.COLOURS, "os", strict=False):
+        none, lesions = r.results["no_lesion"]["cross_entropy"], r.results["lesions"]
+        k = [lesion["k"] for lesion in lesions]
+        cost = [lesion["cross_entropy"] - none for lesion in lesions]
+        axis.plot(k, cost, marker, ls="-", color=colour, label=r.label)
+        mean = [lesion["random"]["cross_entropy_mean"] - none for lesion in lesions]
+        sd = [lesion["random"]["cross_entropy_sd"] or 0 for lesion in lesions]
+        axis.errorbar(k, mean, sd, color=colour, ls=":", capsize=2, label=f"{r.label}, random units")
+    axis.set(xscale="log", xlabel="lesioned units", ylabel="increase of cross-entropy (nats per token)")
+    axis.axhline(0, color=plots.FLOOR, lw=0.8)
+    axis.set_title(f"Lesions of the units most selective for {found[0].results['what']}")
+    if found[0].content["protocol"]["disc"]:
+        axis.set_title(found[0].results["lesions"][0]["name"])
+    axis.legend()
+    yield Drawing(
+        "ablate",
+        figure,
+        "Increase of cross-entropy on held-out text (nats per token) against the number of lesioned units: "
+        "the most selective ones, and dotted as many random ones (mean and standard deviation over draws).",
+    )
+
+
+ANALYSIS = Analysis(AblateConfig, analyse, section, draw, order=40, costly=True)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(ANALYSIS.main)

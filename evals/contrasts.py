@@ -8,19 +8,24 @@ and smoothed; maps are never thresholded for Moran's I. Significant: false disco
 all sheets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from evals import activations
-from evals.common import Analysis, MapConfig, Subject, moran_of_sheets, need, protocol_of, run_analyses
-from topogpt.analysis import measures, stimuli
+from topogpt.analysis import plots, stimuli
+from topogpt.analysis.activations import of_stimuli
+from topogpt.analysis.contrast import t_maps
+from topogpt.analysis.measures import smoothing, width
+from topogpt.analysis.nulls import moran_of_sheets
+from topogpt.analysis.results import Outcome, Result
+from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels, need
 from topogpt.analysis.stimuli import Stimuli
+from topogpt.analysis.subject import MapConfig, Subject, protocol_of
+from topogpt.drawing import draw_sheets, new_figure
 from topogpt.errors import UserError, run_main
-from topogpt.terminal import print_table, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +47,9 @@ class ContrastsConfig(MapConfig):
             raise UserError(f"conditions = {' '.join(self.conditions)} must be two different ones")
 
     @property
-    def result_name(self) -> str:
-        """contrasts; contrasts-mine for those of mine.csv, which leave the published ones alone."""
-        return f"contrasts-{Path(self.stimuli).stem}" if self.stimuli else "contrasts"
+    def variant(self) -> str:
+        """contrasts-mine.json for those of mine.csv, which leaves the published ones alone."""
+        return Path(self.stimuli).stem if self.stimuli else ""
 
 
 class Contrast(NamedTuple):
@@ -108,13 +113,13 @@ def contrast_of(cfg: ContrastsConfig) -> Contrast:
     return Contrast("_".join(sides), " - ".join(sides), found, *sides)
 
 
-def analyse(cfg: ContrastsConfig, subject: Subject) -> Analysis:
+def analyse(cfg: ContrastsConfig, subject: Subject) -> Outcome:
     need("scipy")
     asked = [contrast_of(cfg)] if cfg.stimuli else published_contrasts(Path(cfg.stimuli_dir))
     for c in asked:
         stimuli.check_groups(c.source, c.source.where(c.first), c.source.where(c.second), c.what)
     patterns = {
-        source: subject.on_grid(activations.of_stimuli(cfg, subject, found))
+        source: subject.on_grid(of_stimuli(cfg, subject, found))
         for source, found in {c.source.source: c.source for c in asked}.items()
     }
     results, arrays = {}, {}
@@ -123,7 +128,7 @@ def analyse(cfg: ContrastsConfig, subject: Subject) -> Analysis:
         moran, percent = {}, {}
         for fwhm in cfg.fwhm_mm:
             found = t_maps(cfg, a, b, fwhm)
-            moran[str(fwhm)] = moran_of_sheets(cfg, subject, found.t, fwhm)
+            moran[str(fwhm)] = moran_of_sheets(cfg, subject.sheets, found.t, fwhm)
             percent[str(fwhm)] = 100 * float(found.significant.mean())
             arrays[f"t.{c.name}.{fwhm}"] = found.t.astype(np.float32)
             arrays[f"significant.{c.name}.{fwhm}"] = found.significant.astype(np.uint8)
@@ -137,54 +142,122 @@ def analyse(cfg: ContrastsConfig, subject: Subject) -> Analysis:
         }
     data = {c.source.source: c.source.sha256 for c in asked}
     summary = {
-        f"Moran's I of {found['what']}, FWHM {float(fwhm):g} mm": moran["mean"]
+        f"Moran's I of {found['what']}, {width(fwhm)}": moran["mean"]
         for found in results.values()
         for fwhm, moran in found["moran"].items()
     }
-    return Analysis(protocol_of(cfg), data, {"contrasts": results}, arrays, summary)
+    return Outcome(protocol_of(cfg), data, {"contrasts": results}, arrays, summary)
 
 
-class TMaps(NamedTuple):
-    t: np.ndarray  # (S, h, w)
-    p: np.ndarray  # (S, h, w), adjusted for the false discovery rate over all of them
-    significant: np.ndarray  # (S, h, w) bool
+# ---- what is shown -------------------------------------------------------------------------------
 
 
-def t_maps(cfg: MapConfig, a: np.ndarray, b: np.ndarray, fwhm_mm: float) -> TMaps:
-    """Welch t of smoothed items a (S, n_a, h, w) minus b (S, n_b, h, w)."""
-    a, b = (measures.smooth(x, fwhm_mm, cfg.unit_distance_mm) for x in (a, b))
-    test = measures.welch(a.swapaxes(0, 1), b.swapaxes(0, 1))
-    p = measures.fdr(test.p)
-    return TMaps(test.t, p, p < cfg.alpha)
+def published(contrast: dict[str, Any], who: str, fwhm: str) -> float | None:
+    """TopoLM's value of a contrast, for topo or control; None where there is none."""
+    return (contrast["published"] or {}).get(f"{who}_{SMOOTHED.get(fwhm)}")
 
 
-def table(contents: list[dict[str, Any]]) -> None:
-    labels = [c["model"]["label"] for c in contents]
-    rows = []
-    for name, first in contents[0]["results"]["contrasts"].items():
-        both = [c["results"]["contrasts"][name] for c in contents]
+def section(found: Sequence[Result]) -> Section:
+    rows: list[list[Any]] = []
+    for name, first in found[0].results["contrasts"].items():
+        both = [r.results["contrasts"].get(name) for r in found]
+        rows.append([f"{first['what']} ({first['n'][0]} and {first['n'][1]} items)"])
         for fwhm, moran in first["moran"].items():
-            kind = SMOOTHED.get(fwhm)
-            published = first["published"] and kind
-            rows.append(
-                [
-                    first["what"] if fwhm == next(iter(first["moran"])) else "",
-                    f"{float(fwhm):g}",
-                    *(c["moran"][fwhm]["mean"] for c in both),
-                    moran["floor"],
-                    first["published"][f"topo_{kind}"] if published else None,
-                    first["published"][f"control_{kind}"] if published else None,
-                    *(f"{c['significant_percent'][fwhm]:.1f}" for c in both),
-                ]
+            row = [smoothing(fwhm), *(Number(c and c["moran"][fwhm]["mean"]) for c in both), moran["floor"]]
+            row += [published(first, who, fwhm) for who in ("topo", "control")]
+            rows.append(row + [Number(c and c["significant_percent"][fwhm], 1, " %") for c in both])
+    head = ["readout", *labels(found, ": I"), "floor", "TopoLM", "its control"]
+    own = found[0].content["analysis"].partition("-")[2]
+    return Section(
+        f"Contrasts: {own}" if own else "Contrasts",
+        [
+            "Which units answer more to one kind of item than to another, and do they lie together? Of "
+            "every unit a Welch t-test, the first kind minus the second; then Moran's I of the map of "
+            "t-values (mean over sheets), to be read against the floor of white noise that was smoothed in "
+            "the same way. Significant: share of units whose p survives the false discovery rate over all "
+            "units of all sheets. TopoLM and its control: from its released files (Rathi et al. 2025), "
+            "whose values without smoothing are most likely of a readout of 1 mm.",
+            Table(
+                [*head, *labels(found, ": significant")],
+                rows,
+                "Moran's I of t-maps, mean over sheets, and share of significant units",
+            ),
+        ],
+        cards=[] if own else cards(found),
+    )
+
+
+def cards(found: Sequence[Result]) -> list[Card]:
+    """Moran's I of the first contrast with the widest readout."""
+    name, first = next(iter(found[0].results["contrasts"].items()))
+    fwhm = max(first["moran"], key=float)
+    beside = {"no map": first["moran"][fwhm]["floor"]}
+    if (value := published(first, "topo", fwhm)) is not None:
+        beside["TopoLM"] = value
+    there = [r.results["contrasts"][name] for r in found if name in r.results["contrasts"]]
+    values = [c["moran"][fwhm]["mean"] for c in there]
+    return [Card("Moran's I of t", f"{first['what']}, {smoothing(fwhm)}", values, beside)]
+
+
+def draw(found: Sequence[Result]) -> Iterator[Drawing]:
+    """Of all contrasts Moran's I; of each the maps, raw and most smoothed."""
+    prefix = found[0].content["analysis"]
+    yield Drawing(
+        f"{prefix}-moran",
+        draw_moran_of_contrasts(found),
+        "Moran's I of the t-maps of every contrast (dimensionless), by readout: a line is a sheet, a dot the "
+        f"mean over sheets, an open diamond a published mean. {plots.BAND}",
+    )
+    for name, first in found[0].results["contrasts"].items():
+        widths = sorted(first["moran"], key=float)
+        groups = [
+            plots.maps_of(
+                r,
+                f"{r.label}, {smoothing(fwhm)}",
+                r.arrays[f"t.{name}.{fwhm}"],
+                r.arrays[f"significant.{name}.{fwhm}"] > 0,
             )
-    say("Moran's I of t-maps, mean over sheets, and share of significant units:")
-    head = ["contrast", "FWHM mm", *labels, "floor", "TopoLM", "its control"]
-    print_table([*head, *(f"% of {label}" for label in labels)], rows)
+            for fwhm in dict.fromkeys([widths[0], widths[-1]])
+            for r in found
+        ]
+        title = f"{first['what']}; outlined: significant (FDR over all units)"
+        yield Drawing(
+            f"{prefix}-{name}-maps",
+            draw_sheets(groups, title, "t (Welch)"),
+            "t-value of every unit for the contrast in the title (Welch, dimensionless; its first kind of "
+            "item is positive), raw and with the widest readout. Outlined: significant at the false "
+            f"discovery rate over all units of all sheets. {plots.MAPS}",
+            f"Maps: {first['what']}",
+        )
 
 
-def main(argv: list[str]) -> None:
-    run_analyses("contrasts", ContrastsConfig, argv, analyse, table)
+def draw_moran_of_contrasts(found: Sequence[Result]) -> Any:
+    """Moran's I of every sheet and contrast, model beside control, with floor and published means."""
+    contrasts = found[0].results["contrasts"]
+    widths = list(next(iter(contrasts.values()))["moran"])
+    figure = new_figure(2.6 * len(widths) + 1.6, 0.45 * len(contrasts) + 1.3)
+    axes = figure.subplots(1, len(widths), sharey=True, sharex=True, squeeze=False)[0]
+    for axis, fwhm in zip(axes, widths, strict=True):
+        for i, (r, colour) in enumerate(zip(found, plots.COLOURS, strict=False)):
+            for k, name in enumerate(contrasts):
+                contrast, height = r.results["contrasts"][name], k + 0.2 * (2 * i - len(found) + 1)
+                values = [m["value"] for m in contrast["moran"][fwhm]["by_sheet"].values()]
+                axis.plot(values, [height] * len(values), "|", ms=6, color=colour, alpha=0.6)
+                axis.plot(np.mean(values), height, "os"[i], ms=4, color=colour, label=r.label)
+                value = published(contrast, ("topo", "control")[i], fwhm)
+                if value is not None:
+                    label = ("TopoLM, published", "its control, published")[i]
+                    axis.plot(value, height, "D", ms=5, mfc="none", color=colour, label=label)
+        plots.band(axis.axvspan, next(iter(contrasts.values()))["moran"][fwhm])
+        axis.set(title=smoothing(fwhm), xlabel="Moran's I", xlim=(-0.15, 1))
+    axes[0].set_yticks(range(len(contrasts)), [c["what"] for c in contrasts.values()])
+    axes[0].set_ylim(len(contrasts) - 0.5, -0.5)
+    plots.legend(figure, axes)
+    figure.suptitle("Moran's I of t-maps; a line: a sheet, the dot: their mean", fontsize=9)
+    return figure
 
+
+ANALYSIS = Analysis(ContrastsConfig, analyse, section, draw, order=20)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(ANALYSIS.main)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from topogpt.config import parse
 from topogpt.errors import UserError, run_main
-from topogpt.files import write_bytes
+from topogpt.files import sha256, write_bytes
 from topogpt.retry import PASSING, status, with_retries
 from topogpt.terminal import say
 
@@ -92,7 +92,7 @@ def fetch(folder: Path) -> None:
 def sha256_of(path: Path) -> str | None:
     """Of the file's content; None where there is no file."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256(path)
     except FileNotFoundError:
         return None
     except OSError as error:

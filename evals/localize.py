@@ -10,21 +10,27 @@ Its selectivity is checked on items that did not choose it, and its answers are 
 (S), word lists (W), jabberwocky (J) and nonword lists (N).
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evals import activations
-from evals.common import Analysis, MapConfig, Subject, moran_of_sheets, need, protocol_of, run_analyses
-from evals.contrasts import TMaps, t_maps
 from topogpt import rng
-from topogpt.analysis import measures, stimuli
+from topogpt.analysis import measures, plots, stimuli
+from topogpt.analysis.activations import of_stimuli
+from topogpt.analysis.contrast import TMaps, t_maps
+from topogpt.analysis.measures import smoothing, width
+from topogpt.analysis.nulls import moran_of_sheets
+from topogpt.analysis.results import Outcome, Result
+from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels, need
+from topogpt.analysis.subject import MapConfig, Subject, protocol_of
+from topogpt.drawing import draw_sheets, new_figure
 from topogpt.errors import UserError, check_at_least, run_main
-from topogpt.terminal import print_table
 
-PROFILE = "SWJN"
+N_CLUSTERS = 12  # largest ones that are listed
+PROFILE = {"S": "sentences", "W": "word lists", "J": "jabberwocky", "N": "nonword lists"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +50,18 @@ class LocalizeConfig(MapConfig):
             raise UserError(f"top_percent = {self.top_percent} must be above 0 and at most 100")
 
 
-def analyse(cfg: LocalizeConfig, subject: Subject) -> Analysis:
+def analyse(cfg: LocalizeConfig, subject: Subject) -> Outcome:
     need("scipy")
-    folder = Path(cfg.stimuli_dir)
-    where = Path(cfg.localizer or folder / "fedorenko2010_localizer")
-    items = stimuli.localizer(where) if cfg.localizer is None or where.is_dir() else stimuli.read(where)
-    others = stimuli.profiles(Path(cfg.profiles or folder / "fedorenko_profiles.csv"))
-    sentences, nonwords = items.where("S"), items.where("N")
-    stimuli.check_groups(items, sentences, nonwords, "S - N")
-    for condition in PROFILE:
-        if not others.where(condition).any():
-            raise UserError(f"{others.source} has no items of {condition}; it has {stimuli.counted(others)}")
-
-    patterns = subject.on_grid(activations.of_stimuli(cfg, subject, items))  # (S, n_items, h, w)
+    items, others = stimuli_of(cfg)
+    patterns = subject.on_grid(of_stimuli(cfg, subject, items))  # (S, n_items, h, w)
     patterns = np.abs(patterns) if cfg.magnitude else patterns
-    a, b = patterns[:, sentences], patterns[:, nonwords]
+    a, b = patterns[:, items.where("S")], patterns[:, items.where("N")]
     found = t_maps(cfg, a, b, 0.0)
     network = chosen(cfg, found)
-    responses = np.abs(subject.on_grid(activations.of_stimuli(cfg, subject, others)))
-    regions = clusters_of(cfg, subject, network, found.t)
+    responses = np.abs(subject.on_grid(of_stimuli(cfg, subject, others)))
+    regions, labels_of_units = clusters_of(cfg, subject, network, found.t), np.zeros(network.shape, np.int16)
+    for k, (s, mask) in enumerate(regions, start=1):
+        labels_of_units[s][mask] = k
     results: dict[str, Any] = {
         "n_units": network.size,
         "n_network": int(network.sum()),
@@ -72,7 +71,9 @@ def analyse(cfg: LocalizeConfig, subject: Subject) -> Analysis:
         "by_sheet": {sheet: int(n) for sheet, n in zip(subject.sheets, network.sum((1, 2)), strict=True)},
         "held_out": held_out(cfg, a, b),
         "moran": {
-            str(fwhm): moran_of_sheets(cfg, subject, (t_maps(cfg, a, b, fwhm) if fwhm else found).t, fwhm)
+            str(fwhm): moran_of_sheets(
+                cfg, subject.sheets, (t_maps(cfg, a, b, fwhm) if fwhm else found).t, fwhm
+            )
             for fwhm in cfg.fwhm_mm
         },
         "smoothness_tdann": {
@@ -81,29 +82,34 @@ def analyse(cfg: LocalizeConfig, subject: Subject) -> Analysis:
         "profiles": {"network": profile(responses.swapaxes(0, 1)[:, network], others)}
         if network.any()
         else None,
-        "clusters": [],
+        "clusters": [
+            {"sheet": subject.sheets[s]} | described(mask, found.t[s], responses[s], others)
+            for s, mask in regions
+        ],
     }
-    labels = np.zeros(network.shape, np.int16)
-    for k, (s, mask) in enumerate(regions, start=1):
-        labels[s][mask] = k
-        peak = np.unravel_index(np.where(mask, found.t[s], -np.inf).argmax(), mask.shape)
-        answers = profile(responses[s][:, mask], others)
-        results["clusters"].append(
-            {
-                "sheet": subject.sheets[s],
-                "size": int(mask.sum()),
-                "peak_t": float(found.t[s][peak]),
-                "row": int(peak[0]),
-                "column": int(peak[1]),
-                "response": {condition: answers[condition]["mean"] for condition in PROFILE},
-            }
-        )
-    arrays = {"t": found.t.astype(np.float32), "network": network.astype(np.uint8), "clusters": labels}
+    arrays = {
+        "t": found.t.astype(np.float32),
+        "network": network.astype(np.uint8),
+        "clusters": labels_of_units,
+    }
     data = {items.source: items.sha256, others.source: others.sha256}
     summary = {"units in the language network (%)": results["network_percent"]}
-    summary |= {f"Moran's I of t, FWHM {float(k):g} mm": m["mean"] for k, m in results["moran"].items()}
+    summary |= {f"Moran's I of t, {width(k)}": m["mean"] for k, m in results["moran"].items()}
     protocol = protocol_of(cfg) | {"test": "Welch t, sentences - nonwords"}
-    return Analysis(protocol, data, results, arrays, summary)
+    return Outcome(protocol, data, results, arrays, summary)
+
+
+def stimuli_of(cfg: LocalizeConfig) -> tuple[stimuli.Stimuli, stimuli.Stimuli]:
+    """The localiser's items, and others."""
+    folder = Path(cfg.stimuli_dir)
+    where = Path(cfg.localizer or folder / "fedorenko2010_localizer")
+    items = stimuli.localizer(where) if cfg.localizer is None or where.is_dir() else stimuli.read(where)
+    others = stimuli.profiles(Path(cfg.profiles or folder / "fedorenko_profiles.csv"))
+    stimuli.check_groups(items, items.where("S"), items.where("N"), "S - N")
+    for condition in PROFILE:
+        if not others.where(condition).any():
+            raise UserError(f"{others.source} has no items of {condition}; it has {stimuli.counted(others)}")
+    return items, others
 
 
 def chosen(cfg: LocalizeConfig, found: TMaps) -> np.ndarray:
@@ -162,34 +168,134 @@ def clusters_of(
     return sorted(found, key=lambda pair: -int(pair[1].sum()))
 
 
-def table(contents: list[dict[str, Any]]) -> None:
-    found = [c["results"] for c in contents]
+def described(
+    mask: np.ndarray, t: np.ndarray, responses: np.ndarray, others: stimuli.Stimuli
+) -> dict[str, Any]:
+    """Size, peak and answers of a cluster on a sheet of t-values (h, w)."""
+    peak = np.unravel_index(np.where(mask, t, -np.inf).argmax(), mask.shape)
+    answers = profile(responses[:, mask], others)
+    return {
+        "size": int(mask.sum()),
+        "peak_t": float(t[peak]),
+        "row": int(peak[0]),
+        "column": int(peak[1]),
+        "response": {condition: answers[condition]["mean"] for condition in PROFILE},
+    }
+
+
+# ---- what is shown -------------------------------------------------------------------------------
+
+
+HELD_OUT = {
+    "significant_again_percent": ("chosen on half of the items, significant on the other half", 1, " %"),
+    "same_sign_percent": ("chosen on one half, sentences win on the other", 1, " %"),
+    "effect_size": ("effect size on the other half (Cohen's d)", 3, ""),
+    "effect_size_outside": ("effect size there of units outside the network", 3, ""),
+    "correlation_of_t": ("correlation of t between the halves", 3, ""),
+}
+
+
+def section(found: Sequence[Result]) -> Section:
+    each = [r.results for r in found]
     rows = [
-        ["units in the network", *(f"{r['n_network']:,} of {r['n_units']:,}" for r in found)],
-        ["  share", *(f"{r['network_percent']:.1f} %" for r in found)],
-        ["units for nonwords", *(r["n_reversed"] for r in found)],
-        ["still significant on held-out items", *(percent(r, "significant_again_percent") for r in found)],
-        ["effect size on held-out items (d)", *(r["held_out"].get("effect_size") for r in found)],
-        ["clusters", *(len(r["clusters"]) for r in found)],
-        ["  units in the largest", *(max((k["size"] for k in r["clusters"]), default=0) for r in found)],
+        ["units in the network", *(r["n_network"] for r in each)],
+        ["share of all units", *(Number(r["network_percent"], 1, " %") for r in each)],
+        ["units that prefer nonwords", *(r["n_reversed"] for r in each)],
+        ["clusters", *(len(r["clusters"]) for r in each)],
+        ["units in the largest", *(max((k["size"] for k in r["clusters"]), default=0) for r in each)],
+        ["Held-out items"],
     ]
-    for condition in PROFILE:
-        means = [r["profiles"] and r["profiles"]["network"][condition]["mean"] for r in found]
-        rows.append([f"mean |activation| to {condition}", *means])
-    for fwhm, moran in found[0]["moran"].items():
-        values = [f"{r['moran'][fwhm]['mean']:.3f}" for r in found]
-        rows.append([f"Moran's I of t, FWHM {float(fwhm):g} mm (floor {moran['floor']:.3f})", *values])
-    print_table(["language network (S > N)", *(c["model"]["label"] for c in contents)], rows)
+    for key, (name, digits, unit) in HELD_OUT.items():
+        rows.append([name, *(Number(r["held_out"].get(key), digits, unit) for r in each)])
+    rows.append(["Moran's I of t-maps"])
+    for fwhm, moran in each[0]["moran"].items():
+        values = [Number((r["moran"].get(fwhm) or {}).get("mean")) for r in each]
+        rows.append([f"{smoothing(fwhm)} (floor {moran['floor']:.3f})", *values])
+    beside = {"units": each[0]["n_network"], "of": each[0]["n_units"]}
+    shares = [r["network_percent"] for r in each]
+    return Section(
+        "Language network",
+        [
+            "The language network: units that answer more to sentences than to strings of nonwords "
+            "(localiser of Fedorenko et al. 2010; Welch t-test, false discovery rate over all units). "
+            "A selection looks selective on the items that chose it, so the middle rows choose on a "
+            "random half of the items and look at the other half.",
+            Table(["language network (S > N)", *labels(found)], rows),
+            "What else the network answers to: mean |activation| of its units on other items, \u00b1 the "
+            "standard error over items. Human language areas: sentences > word lists and jabberwocky > "
+            "nonwords.",
+            profiles(found),
+            *(clusters(r) for r in found if r.results["clusters"]),
+        ],
+        [
+            f"{r.label}: no cluster of the network is large enough to be listed."
+            for r in found
+            if not r.results["clusters"]
+        ],
+        [Card("Language network", "share of all units", shares, beside, 1, " %")],
+    )
 
 
-def percent(results: dict[str, Any], key: str) -> str | None:
-    value = results["held_out"].get(key)
-    return None if value is None else f"{value:.1f} %"
+def profiles(found: Sequence[Result]) -> Table:
+    def one(result: Result, condition: str) -> Number:
+        value = ((result.results["profiles"] or {}).get("network") or {}).get(condition)
+        return Number(None) if value is None else Number(value["mean"], 4, "", value["sem"])
+
+    rows = [[f"{name} ({key})", *(one(r, key) for r in found)] for key, name in PROFILE.items()]
+    return Table(["mean |activation| of the network", *labels(found)], rows)
 
 
-def main(argv: list[str]) -> None:
-    run_analyses("localize", LocalizeConfig, argv, analyse, table)
+def clusters(result: Result) -> Table:
+    found = result.results["clusters"]
+    rows = [
+        [
+            str(k),
+            c["sheet"],
+            c["size"],
+            Number(c["peak_t"], 1),
+            f"{c['row']}, {c['column']}",
+            *(Number(c["response"].get(condition), 4) for condition in PROFILE),
+        ]
+        for k, c in enumerate(found[:N_CLUSTERS], start=1)
+    ]
+    head = ["", "sheet", "units", "peak t", "row, column of the peak", *PROFILE]
+    title = f"Clusters of {result.label}: touching units of the network, {len(rows)} largest of {len(found)}"
+    return Table(head, rows, title, folded=True)
 
+
+def draw(found: Sequence[Result]) -> Iterator[Drawing]:
+    maps = [plots.maps_of(r, r.label, r.arrays["t"], r.arrays["network"] > 0) for r in found]
+    yield Drawing(
+        "localize-maps",
+        draw_sheets(maps, "Sentences - nonwords; outlined: the language network", "t (Welch)"),
+        "t-value of every unit, sentences minus nonwords (Welch, dimensionless). Outlined: the language "
+        f"network. {plots.MAPS}",
+    )
+    yield Drawing(
+        "localize-moran",
+        plots.draw_moran(found, "Moran's I of t-maps: sentences - nonwords"),
+        f"Moran's I of the localiser's t-maps, sheet by sheet (dimensionless). {plots.BAND}",
+    )
+    if not all(r.results["profiles"] for r in found):
+        return
+    figure = new_figure(1.1 + 1.9 * len(found), 2.4)
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axis, r, colour in zip(axes, found, plots.COLOURS, strict=False):
+        values = r.results["profiles"]["network"]
+        errors = [2 * (v["sem"] or 0) for v in values.values()]
+        axis.bar(list(values), [v["mean"] for v in values.values()], yerr=errors, color=colour, capsize=2)
+        axis.set_title(r.label)
+    axes[0].set_ylabel("mean |activation| of the network")
+    figure.suptitle("S sentences, W words, J jabberwocky, N nonwords (+- 2 SE over items)", fontsize=8)
+    yield Drawing(
+        "localize-profiles",
+        figure,
+        "Mean |activation| of the network (in the model's own units) on items that did not choose it; bars "
+        "are two standard errors over items.",
+    )
+
+
+ANALYSIS = Analysis(LocalizeConfig, analyse, section, draw, order=30)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(ANALYSIS.main)

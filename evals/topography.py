@@ -6,19 +6,22 @@ Moran's I of single-token maps, raw and smoothed; correlation against distance, 
 follows from it; size of clusters; wiring length; and the spatial loss over all neighbourhoods.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from evals import heldout
-from evals.activations import check_finite
-from evals.common import Analysis, MoranConfig, Subject, moran_of_sheets, need, protocol_of, run_analyses
-from topogpt import topo
-from topogpt.analysis import measures
+from topogpt import drawing, topo
+from topogpt.analysis import heldout, measures, plots
+from topogpt.analysis.activations import check_finite
+from topogpt.analysis.measures import smoothing, width
+from topogpt.analysis.nulls import moran_of_sheets
+from topogpt.analysis.results import Outcome, Result
+from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels, need
+from topogpt.analysis.subject import MoranConfig, Subject, protocol_of
 from topogpt.errors import UserError, check_at_least, run_main
-from topogpt.terminal import print_table, progress, say
+from topogpt.terminal import progress
 
 TOKENS_PER_BATCH = 2048
 N_TDANN = 16  # maps whose smoothness is averaged: each takes a curve over all pairs of units
@@ -79,7 +82,7 @@ def collect(subject: Subject, windows: np.ndarray, n_maps: int) -> Statistics:
     return Statistics(covariance, grids, windows.flatten()[at].tolist())
 
 
-def analyse(cfg: TopographyConfig, subject: Subject) -> Analysis:
+def analyse(cfg: TopographyConfig, subject: Subject) -> Outcome:
     need("scipy")
     h, w = subject.grid
     text = heldout.read(subject, cfg.text, cfg.n_tokens, cfg.vocab_dir)
@@ -92,10 +95,10 @@ def analyse(cfg: TopographyConfig, subject: Subject) -> Analysis:
     results: dict[str, Any] = {
         "text": text.source,
         "n_tokens": text.tokens.size,
-        "tokens": words_of(subject, found.tokens, cfg.vocab_dir),
+        "tokens": heldout.words_of(found.tokens, subject.model.cfg.vocab_size, cfg.vocab_dir, apart=True),
         "moran": {
             str(fwhm): moran_of_sheets(
-                cfg, subject, measures.smooth(found.maps, fwhm, cfg.unit_distance_mm), fwhm
+                cfg, subject.sheets, measures.smooth(found.maps, fwhm, cfg.unit_distance_mm), fwhm
             )
             for fwhm in progress(cfg.fwhm_mm, f"{subject.label}: Moran's I")
         },
@@ -122,11 +125,11 @@ def analyse(cfg: TopographyConfig, subject: Subject) -> Analysis:
             "by_sheet": {sheet: c.value for sheet, c in curves.items()},
         },
     }
-    summary = {f"Moran's I, FWHM {float(k):g} mm": m["mean"] for k, m in results["moran"].items()}
-    summary |= {f"its floor, FWHM {float(k):g} mm": m["floor"] for k, m in results["moran"].items()}
-    summary |= {name: results[key]["mean"] for key, name in MEASURES.items()}
+    summary = {f"Moran's I, {width(k)}": m["mean"] for k, m in results["moran"].items()}
+    summary |= {f"its floor, {width(k)}": m["floor"] for k, m in results["moran"].items()}
+    summary |= {name: results[key]["mean"] for key, (name, _) in MEASURES.items()}
     data, arrays = {text.source: text.sha256}, {"maps": found.maps}
-    return Analysis(protocol_of(cfg) | PROTOCOL, data, results, arrays, summary)
+    return Outcome(protocol_of(cfg) | PROTOCOL, data, results, arrays, summary)
 
 
 PROTOCOL = {
@@ -187,47 +190,136 @@ def cluster_size(grids: np.ndarray, kind: Literal["largest", "mean"]) -> float:
     return float(getattr(sizes, kind).mean())
 
 
-def words_of(subject: Subject, tokens: list[int], vocab_dir: str | None) -> list[str]:
-    """The tokens as text; as numbers where the model's tokens are not GPT-2's."""
-    from topogpt.text import tokenizer
-
-    if subject.model.cfg.vocab_size < tokenizer.N_VOCAB:
-        return [str(token) for token in tokens]
-    words = tokenizer.load(vocab_dir)
-    return [words.decode([token]) if token < words.n_vocab else str(token) for token in tokens]
+# ---- what is shown -------------------------------------------------------------------------------
 
 
-MEASURES = {
-    "spatial_loss": "spatial loss per sheet",
-    "smoothness_correlation": "smoothness (correlation)",
-    "smoothness_tdann": "smoothness (TDANN)",
-    "wiring_length": "wiring length",
-    "largest_cluster": "largest cluster (units)",
-    "mean_cluster": "mean cluster (units)",
+MORAN = (
+    "Moran's I is the correlation of a map with itself one cell further, over the eight neighbours of "
+    "every unit: 0 for no order, 1 for a perfectly smooth map. Smoothing raises it by itself, so it is "
+    "read against its floor, the mean of white noise smoothed in the same way on the same grid."
+)
+SMOOTHED = "The same after a Gaussian readout of this width (FWHM), as a voxel samples neurons."
+MEASURES = {  # name, and how to read it
+    "spatial_loss": (
+        "spatial loss per sheet",
+        "How badly correlation falls off with distance, over all neighbourhoods: (1 - r) / 2 between the "
+        "units' correlations and their inverse distances. 0.5: independent units; 0: a perfect map.",
+    ),
+    "smoothness_correlation": (
+        "smoothness (correlation)",
+        "Largest minus smallest mean correlation of pairs of units over their distance (TopoNets' measure, "
+        "as we infer it). 0: distance says nothing.",
+    ),
+    "smoothness_tdann": (
+        "smoothness (TDANN)",
+        "How much more alike neighbours answer to a token than units far apart, (max - first) / max of the "
+        "curve of differences over distance. 1: neighbours are alike; compare with the floor.",
+    ),
+    "wiring_length": (
+        "wiring length",
+        "Mean distance of a unit to the 20 it is most correlated with, over that of all pairs. 1: no map; "
+        "the shorter, the more local.",
+    ),
+    "largest_cluster": (
+        "largest cluster (units)",
+        "Touching units more than one standard deviation above their sheet's mean, the largest such patch "
+        "of a token's map. Compare with the floor.",
+    ),
+    "mean_cluster": ("mean cluster (units)", "The same, the mean over a map's patches."),
 }
 
 
-def table(contents: list[dict[str, Any]]) -> None:
-    first = contents[0]["results"]
+def section(found: Sequence[Result]) -> Section:
+    first = found[0].results
     rows = [
-        [
-            f"Moran's I, FWHM {float(fwhm):g} mm",
-            *(c["results"]["moran"][fwhm]["mean"] for c in contents),
-            first["moran"][fwhm]["floor"],
-        ]
-        for fwhm in first["moran"]
+        [f"Moran's I, {smoothing(k)}", *(r.results["moran"][k]["mean"] for r in found), moran["floor"]]
+        for k, moran in first["moran"].items()
     ]
     rows += [
-        [name, *(c["results"][key]["mean"] for c in contents), first[key].get("floor")]
-        for key, name in MEASURES.items()
+        [name, *(r.results[key]["mean"] for r in found), first[key].get("floor")]
+        for key, (name, _) in MEASURES.items()
     ]
-    print_table(["mean over sheets", *(c["model"]["label"] for c in contents), "no map"], rows)
-    say(f"on {first['n_tokens']:,} tokens of {first['text']}")
+    said = [MORAN, *[SMOOTHED] * (len(first["moran"]) - 1), *(what for _, what in MEASURES.values())]
+    where = f"{first['n_tokens']:,} tokens of {first['text']}"
+    head = ["mean over sheets", *labels(found), "floor: no map"]
+    return Section(
+        "Topography",
+        [
+            f"Is a sheet a map? Measured on {first['n_tokens']:,} tokens of held-out text, Moran's I and "
+            "clusters on the maps of single tokens.",
+            Table(head, rows, f"On {where}", said),
+            by_sheet(found),
+        ],
+        cards=cards(found),
+    )
 
 
-def main(argv: list[str]) -> None:
-    run_analyses("topography", TopographyConfig, argv, analyse, table)
+def by_sheet(found: Sequence[Result]) -> Table:
+    shown = {f"I, {smoothing(k)}": ("moran", k, "by_sheet") for k in found[0].results["moran"]}
+    shown |= {"spatial loss": ("spatial_loss", "by_sheet"), "wiring length": ("wiring_length", "by_sheet")}
+    head, rows = ["sheet"], [[sheet] for sheet in found[0].sheets]
+    for name, keys in shown.items():
+        for label, result in zip(labels(found, f": {name}"), found, strict=True):
+            head.append(label)
+            values = result.results
+            for key in keys:
+                values = values[key]
+            for row in rows:
+                value = values.get(row[0])
+                row.append(Number(value["value"] if isinstance(value, dict) else value))
+    return Table(head, rows, "Every sheet", folded=True)
 
+
+def cards(found: Sequence[Result]) -> list[Card]:
+    """Moran's I, raw and with the widest readout, and the spatial loss."""
+    made, first = [], found[0].results["moran"]
+    for fwhm in dict.fromkeys([next(iter(first)), list(first)[-1]]):
+        values = [r.results["moran"][fwhm]["mean"] for r in found]
+        what = f"single-token maps, {smoothing(fwhm)}"
+        made.append(Card("Moran's I", what, values, {"no map": first[fwhm]["floor"]}))
+    values = [r.results["spatial_loss"]["mean"] for r in found]
+    return [*made, Card("Spatial loss", "per sheet, all neighbourhoods", values, {"independent": 0.5})]
+
+
+def draw(found: Sequence[Result]) -> Iterator[Drawing]:
+    middle = found[0].arrays["maps"].shape[1] // 2
+    token = found[0].results["tokens"][middle]
+    maps = [plots.maps_of(r, r.label, drawing.standardised(r.arrays["maps"][:, middle])) for r in found]
+    yield Drawing(
+        "topography-maps",
+        drawing.draw_sheets(
+            maps, f"One token, {token!r}, on every sheet", "activation (sd of its sheet)", 2.5
+        ),
+        "Activation of every unit at one held-out token, in standard deviations of its sheet "
+        f"(dimensionless), cut at \u00b1 2.5. {plots.MAPS}",
+    )
+    yield Drawing(
+        "topography-moran",
+        plots.draw_moran(found, "Moran's I of single-token maps"),
+        "Moran's I of single-token maps, mean over tokens, sheet by sheet (dimensionless), raw and after "
+        f"Gaussian readouts. {plots.BAND}",
+    )
+    figure = drawing.new_figure(4.6, 2.8)
+    axis = figure.subplots()
+    for r, colour in zip(found, plots.COLOURS, strict=False):
+        curve = r.results["correlation_by_distance"]
+        for values in curve["by_sheet"].values():
+            axis.plot(curve["distance"], values, color=colour, lw=0.5, alpha=0.3)
+        axis.plot(curve["distance"], curve["mean"], color=colour, lw=2, label=r.label)
+    axis.axhline(0, color=plots.FLOOR, lw=0.8)
+    axis.set(xlabel="distance on the sheet (units)", ylabel="correlation of activations")
+    axis.set_title("Do units that lie close fire together? Thin: one sheet; thick: mean")
+    axis.legend()
+    yield Drawing(
+        "topography-distance",
+        figure,
+        "Pearson correlation of the activations of two units over all held-out tokens against their "
+        "distance on the sheet (in units of the grid), mean over pairs. Thin lines are sheets, thick ones "
+        "their mean; a map starts high and falls, independent units stay at 0.",
+    )
+
+
+ANALYSIS = Analysis(TopographyConfig, analyse, section, draw, order=10)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(ANALYSIS.main)

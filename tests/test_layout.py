@@ -106,6 +106,27 @@ def test_the_house_is_as_large_as_it_was_planned():
     assert rooms | {"topogpt", "scripts", "evals", "bench"} == FLOOR.keys()
 
 
+def test_an_analysis_imports_no_other():
+    files = {f"evals.{path.stem}": path for path in (tiny.ROOT / "evals").glob("*.py")}
+    analyses = {m for m, path in files.items() if re.search("^ANALYSIS", path.read_text(), re.M)}
+    assert len(analyses) >= 5
+    for name in analyses:
+        assert not ours(imported(parse(files[name])), name) & files.keys()
+
+
+def test_no_analysis_imports_itself_by_way_of_others():
+    below = {
+        m: ours(imported(parse(path)), m)
+        for m, path in MODULES.items()
+        if m.startswith(("topogpt.analysis", "evals"))
+    }
+    while below:  # take away what imports nothing that is left; a circle stays
+        free = [m for m, imports in below.items() if not imports & below.keys()]
+        assert free, f"these files import each other in a circle: {sorted(below)}"
+        for m in free:
+            del below[m]
+
+
 @each_file
 def test_no_setting_is_wrapped_for_help_loses_the_comment_of_one_that_is(path):
     text = path.read_text(encoding="utf-8")

@@ -27,12 +27,13 @@ def print_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """Lines of columns as wide as they need to be, numbers to the right."""
+    """Lines of columns as wide as they need to be, numbers to the right; a row of one cell is a heading."""
     shown = [[cell(value) for value in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    whole = [row for row in shown if len(row) > 1 or len(head) == 1]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     lines = []
     for first, *others in shown:
-        parts = [first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:], strict=True))]
+        parts = [first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:], strict=False))]
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
 

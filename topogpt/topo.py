@@ -4,6 +4,7 @@ Each branch of each block is a sheet of its own ("layer.3.attn", "layer.3.mlp"):
 grid. Positions in files are in topography.py, the losses on sheets in spatial/; this needs numpy alone.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -104,9 +105,22 @@ def morans_i(grids: np.ndarray, contiguity: Literal["queen", "rook"] = "queen") 
         return (z * lag).sum(axis=(-2, -1)) / (z * z).sum(axis=(-2, -1))
 
 
+def noise_morans(
+    h: int,
+    w: int,
+    n: int,
+    seed: int | Sequence[int] = 0,
+    contiguity: Literal["queen", "rook"] = "queen",
+    readout: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Moran's I of n maps of white noise, (n,), smoothed by readout: what a map is compared with."""
+    grids = np.random.default_rng(seed).standard_normal((n, h, w))
+    return morans_i(readout(grids) if readout else grids, contiguity)
+
+
 def noise_floor(h: int, w: int) -> tuple[float, float]:
     """Mean and standard deviation of Moran's I over N_NOISE maps of white noise on a grid, unsmoothed."""
-    found = morans_i(np.random.default_rng(0).standard_normal((N_NOISE, h, w)))
+    found = noise_morans(h, w, N_NOISE)
     return float(np.nanmean(found)), float(np.nanstd(found))
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from parity import make_moran
 
 from topogpt import rng, topo
-from topogpt.analysis import measures
+from topogpt.analysis import measures, nulls
 
 pytest.importorskip("scipy")
 RELEASED = tiny.ROOT.parent / "shared" / "data" / "reference" / "topolm"
@@ -80,8 +80,8 @@ def test_only_the_width_in_cells_counts(distance):
     grids = normal(12, 12)
     scaled = measures.smooth(grids, 2.0 * distance, distance)
     assert scaled == pytest.approx(measures.smooth(grids, 2.0), abs=1e-14)
-    a = measures.noise_morans(12, 12, 2.0 * distance, distance, "queen", 50, 0)
-    assert a == pytest.approx(measures.noise_morans(12, 12, 2.0, 1.0, "queen", 50, 0), abs=1e-12)
+    a = nulls.noise_morans(12, 12, 2.0 * distance, distance, "queen", 50, 0)
+    assert a == pytest.approx(nulls.noise_morans(12, 12, 2.0, 1.0, "queen", 50, 0), abs=1e-12)
 
 
 @few
@@ -202,7 +202,7 @@ def at_random(name: str, contiguity: str) -> np.ndarray:
     """Moran's I of permutations of a map, as moran() finds them; as many more of a small map as are cheap."""
     h, w = MAPS[name].shape
     permutations = 9999 if h * w < 100 else ESDA["permutations"]
-    places = measures.permuted_edges(h, w, contiguity, permutations, 0)
+    places = nulls.permuted_edges(h, w, contiguity, permutations, 0)
     return measures.gram_of(MAPS[name][None]).take(places) @ measures.edges(h, w, contiguity).weight
 
 
@@ -215,7 +215,7 @@ def test_esda_was_asked_about_every_map():
 def test_morans_i_is_esdas(found):
     grid = MAPS[found["map"]]
     assert topo.morans_i(grid, found["contiguity"]) == pytest.approx(found["I"], abs=1e-10)
-    ours = measures.moran(grid, 0.0, contiguity=found["contiguity"])
+    ours = nulls.moran(grid, 0.0, contiguity=found["contiguity"])
     assert ours.value == pytest.approx(found["I"], abs=1e-6)
 
 
@@ -241,7 +241,7 @@ def test_the_variance_of_a_map_with_a_peak_is_not_that_of_normal_noise():
 
 @against_esda
 def test_p_is_esdas_of_the_upper_side(found):
-    ours = measures.moran(MAPS[found["map"]], 0.0, contiguity=found["contiguity"]).p
+    ours = nulls.moran(MAPS[found["map"]], 0.0, contiguity=found["contiguity"]).p
     esdas = found["p_sim"]
     if found["I"] < found["sim_mean"]:  # esda counts the permutations on the nearer side, we those above
         esdas = 1 - esdas
@@ -271,11 +271,11 @@ def brute_force(maps: np.ndarray, contiguity: str, permutations: int, seed: int)
 def test_permuting_edges_is_permuting_maps(shape, contiguity):
     _, h, w = shape
     maps = normal(*shape).cumsum(-1)
-    places = measures.permuted_edges(h, w, contiguity, 99, 7)
+    places = nulls.permuted_edges(h, w, contiguity, 99, 7)
     found = measures.gram_of(maps).take(places) @ measures.edges(h, w, contiguity).weight
     expected = brute_force(maps, contiguity, 99, 7)
     assert found == pytest.approx(expected, abs=1e-6)
-    ours = measures.moran(maps, 0.0, contiguity=contiguity, permutations=99, seed=7)
+    ours = nulls.moran(maps, 0.0, contiguity=contiguity, permutations=99, seed=7)
     value = topo.morans_i(maps, contiguity).mean()
     assert ours.value == pytest.approx(value, abs=1e-6)
     assert ours.p == (1 + (expected >= value - 1e-7).sum()) / 100
@@ -285,13 +285,13 @@ def test_many_maps_count_alike_and_constant_ones_as_0():
     maps = np.concatenate(
         [normal(4, 10, 10).cumsum(-1) * np.logspace(-8, 8, 4)[:, None, None], np.ones((2, 10, 10))]
     )
-    value = measures.moran(maps, 0.0, permutations=9).value
+    value = nulls.moran(maps, 0.0, permutations=9).value
     assert value == pytest.approx(topo.morans_i(maps[:4]).sum() / 6, abs=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1234.567, -1e9 / 7])
 def test_a_constant_map_is_no_map(value):
-    found = measures.moran(np.full((12, 12), value), 0.0, permutations=99)
+    found = nulls.moran(np.full((12, 12), value), 0.0, permutations=99)
     assert found.value == 0 and found.p == 1  # no permutation changes it
     assert 0.2 < found.p_floor < 0.8  # about half of noise is above 0
 
@@ -299,24 +299,24 @@ def test_a_constant_map_is_no_map(value):
 def test_known_maps():
     halves, board = MAPS["halves"], MAPS["checkerboard"]
     # Of the 56 cells beside the line, 52 have 3 of 8 neighbours in the other half, those at its ends 2 of 5.
-    queen = measures.moran(halves, 0.0)
+    queen = nulls.moran(halves, 0.0)
     assert queen.value == pytest.approx(1 - 2 * (52 * 3 / 8 + 4 * 2 / 5) / 784, abs=1e-6) and queen.p == 0.001
     # Without diagonals 1 of 4, and 1 of 3.
-    rook = measures.moran(halves, 0.0, contiguity="rook")
+    rook = nulls.moran(halves, 0.0, contiguity="rook")
     assert rook.value == pytest.approx(1 - 2 * (52 / 4 + 4 / 3) / 784, abs=1e-6) and rook.p == 0.001
-    opposite = measures.moran(board, 0.0, contiguity="rook")
+    opposite = nulls.moran(board, 0.0, contiguity="rook")
     assert opposite.value == pytest.approx(-1, abs=1e-6) and opposite.p == opposite.p_floor == 1
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_others():
     grid = MAPS["white noise"]
-    first = measures.moran(grid, 2.0, permutations=199)
-    for cached in (measures.permuted_edges, measures.noise_morans):
+    first = nulls.moran(grid, 2.0, permutations=199)
+    for cached in (nulls.permuted_edges, nulls.noise_morans):
         cached.cache_clear()
-    assert measures.moran(grid, 2.0, permutations=199) == first
-    other = measures.moran(grid, 2.0, permutations=199, seed=1)
+    assert nulls.moran(grid, 2.0, permutations=199) == first
+    other = nulls.moran(grid, 2.0, permutations=199, seed=1)
     assert other.value == first.value and other.p != first.p and other.floor != first.floor
-    places = [measures.permuted_edges(28, 28, "queen", 199, seed) for seed in (0, 1)]
+    places = [nulls.permuted_edges(28, 28, "queen", 199, seed) for seed in (0, 1)]
     assert (places[0] == places[1]).mean() < 0.01
 
 
@@ -325,7 +325,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_others():
 def test_morans_i_knows_neither_unit_nor_offset_nor_sign(seed, factor, negate, offset):
     grid = normal(7, 8, seed=seed)
     other = (-factor if negate else factor) * grid + offset
-    plain, found = (measures.moran(x, 1.0, permutations=49) for x in (grid, other))
+    plain, found = (nulls.moran(x, 1.0, permutations=49) for x in (grid, other))
     assert found.value == pytest.approx(plain.value, abs=1e-6)
     for p in (plain.p, plain.p_floor, found.p, found.p_floor):
         assert 0 < p <= 1
@@ -336,7 +336,7 @@ def test_morans_i_knows_neither_unit_nor_offset_nor_sign(seed, factor, negate, o
 
 @pytest.mark.parametrize("fwhm, published", [(0.0, -1 / 783), (1.0, 0.074), (2.0, 0.608)])
 def test_the_floor_is_the_published_one_of_smoothed_noise(fwhm, published):
-    found = measures.moran(MAPS["gradient"], fwhm)
+    found = nulls.moran(MAPS["gradient"], fwhm)
     assert found.floor == pytest.approx(published, abs=0.01)
     assert 0.01 < found.floor_sd < 0.04 and found.p_floor == 0.001
 
@@ -353,7 +353,7 @@ def test_the_floor_follows_from_the_covariance_of_smoothed_noise(h, w, fwhm, con
     centred -= centred.mean(1, keepdims=True)
     found = measures.edges(h, w, contiguity)
     expected = (centred[found.i, found.j] * found.weight).sum() / centred.trace()
-    assert measures.noise_morans(h, w, fwhm, 1.0, contiguity, 999, 0).mean() == pytest.approx(
+    assert nulls.noise_morans(h, w, fwhm, 1.0, contiguity, 999, 0).mean() == pytest.approx(
         expected, abs=0.005
     )
 
@@ -362,7 +362,7 @@ def test_the_floor_follows_from_the_covariance_of_smoothed_noise(h, w, fwhm, con
 def test_the_floor_is_that_of_t_maps_of_noise(fwhm):
     groups = [measures.smooth(normal(80, 24, 28, 28, seed=seed), fwhm) for seed in (0, 1)]
     of_t = topo.morans_i(measures.welch(*groups).t)
-    noise = measures.noise_morans(28, 28, fwhm, 1.0, "queen", 999, 0)
+    noise = nulls.noise_morans(28, 28, fwhm, 1.0, "queen", 999, 0)
     error = math.hypot(of_t.std(ddof=1) / math.sqrt(24), noise.std() / math.sqrt(999))
     assert abs(of_t.mean() - noise.mean()) < 4 * error < 0.03
     assert of_t.std() == pytest.approx(noise.std(), rel=0.6)
@@ -565,7 +565,7 @@ def test_the_table_of_published_values_is_that_of_the_released_files():
 def test_the_non_topographic_model_is_at_our_floor():
     """Smoothed: as noise is. "Unsmoothed": 1 mm, above ours as some units of theirs share a place."""
     smoothed, unsmoothed = by_layer("nontopo_smoothed"), by_layer("nontopo_unsmoothed")
-    at_2, at_1 = (measures.moran(MAPS["white noise"], fwhm) for fwhm in (2.0, 1.0))
+    at_2, at_1 = (nulls.moran(MAPS["white noise"], fwhm) for fwhm in (2.0, 1.0))
     for contrast in PUBLISHED:
         assert abs(smoothed[contrast].mean() - at_2.floor) < 4 * at_2.floor_sd / math.sqrt(24), contrast
         assert (

@@ -14,10 +14,11 @@ import tiny
 import torch
 from safetensors.numpy import load_file
 
-from evals import activations
+from evals.activations import ANALYSIS
 from topogpt import topography
-from topogpt.analysis import stimuli
+from topogpt.analysis import activations, stimuli
 from topogpt.errors import UserError, user_errors
+from topogpt.files import sha256
 from topogpt.sharing import export
 
 transformers = pytest.importorskip("transformers")
@@ -166,7 +167,7 @@ def stock(tmp_path_factory) -> Path:
 
 def run(source: Path, *more: object) -> tuple[dict, dict[str, np.ndarray]]:
     """What the command leaves in the folder of its source."""
-    activations.main([str(source), "--no_figures", "--device", "cpu", *map(str, more)])
+    ANALYSIS.main([str(source), "--no_figures", "--device", "cpu", *map(str, more)])
     folder = source / "evals"
     content = json.loads((folder / "activations.json").read_text())
     return content, load_file(folder / "activations.safetensors")
@@ -208,7 +209,7 @@ def test_pooled_activations_are_those_of_each_item_alone(
     assert content["results"]["items"] == ITEMS
     assert content["results"]["conditions"] == ["S", "N", "S", "N", "S"]
     assert content["protocol"]["pooling"] == pooling and content["protocol"]["eot"] is eot
-    assert content["data_sha256"] == {"items.csv": stimuli.sha256(items)}
+    assert content["data_sha256"] == {"items.csv": sha256(items)}
     magnitude = content["results"]["mean_magnitude"]["layer.1.mlp"]
     assert magnitude == pytest.approx(np.abs(expected["layer.1.mlp"]).mean(), rel=1e-4)
 

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file
 
-from evals import ablate, common
-from evals.ablate import AblateConfig
-from topogpt.analysis import measures, stimuli
+from evals import ablate
+from evals.ablate import ANALYSIS, AblateConfig
+from topogpt.analysis import lesions, measures, stimuli
 from topogpt.analysis.stimuli import LOCALIZER_WORDS
+from topogpt.analysis.subject import Subject, load_subject
 from topogpt.config import parse
 from topogpt.errors import UserError, user_errors
+from topogpt.files import sha256
 from topogpt.sharing import export
 from topogpt.text import loader as data
 
@@ -64,12 +66,12 @@ def settings_of(out: Path, run: str = "plain", **settings) -> AblateConfig:
     return AblateConfig(run=str(out / run), **settings)
 
 
-def subject_of(out: Path, run: str = "plain") -> common.Subject:
-    return common.load_subject(settings_of(out, run), str(out / run))
+def subject_of(out: Path, run: str = "plain") -> Subject:
+    return load_subject(settings_of(out, run), str(out / run))
 
 
 @pytest.fixture(scope="module", params=["plain", "biases", "post"])
-def subject(request, out) -> common.Subject:
+def subject(request, out) -> Subject:
     return subject_of(out, request.param)
 
 
@@ -77,11 +79,11 @@ def tokens(shape=(2, 40), seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 50257, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def everywhere(subject: common.Subject, value) -> np.ndarray:
+def everywhere(subject: Subject, value) -> np.ndarray:
     return np.full((len(subject.sheets), subject.model.cfg.n_embd), value)
 
 
-def some_units(subject: common.Subject, seed: int = 0) -> np.ndarray:
+def some_units(subject: Subject, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((len(subject.sheets), subject.model.cfg.n_embd)) < 0.3
 
 
@@ -91,7 +93,7 @@ def branches(model) -> Iterator[torch.nn.Module]:
 
 
 @torch.no_grad()
-def without(subject: common.Subject, units: np.ndarray, fill: np.ndarray) -> torch.nn.Module:
+def without(subject: Subject, units: np.ndarray, fill: np.ndarray) -> torch.nn.Module:
     """The reference: another model, whose output weights make constants of the units."""
     model = type(subject.model)(replace(subject.model.cfg, bias=True)).eval()
     there = subject.model.state_dict()
@@ -108,7 +110,7 @@ def without(subject: common.Subject, units: np.ndarray, fill: np.ndarray) -> tor
 def test_a_lesion_of_no_units_changes_not_a_bit(subject):
     with torch.no_grad():
         plain = subject.model(tokens(), activations=True)
-        with ablate.lesioned(
+        with lesions.lesioned(
             subject.model, subject.sheets, everywhere(subject, False), everywhere(subject, 9.0)
         ):
             same = subject.model(tokens(), activations=True)
@@ -120,7 +122,7 @@ def test_a_lesion_of_no_units_changes_not_a_bit(subject):
 @torch.no_grad()
 def test_a_lesion_of_all_units_leaves_the_embeddings(subject):
     model, parts = subject.model, subject.model.transformer
-    with ablate.lesioned(model, subject.sheets, everywhere(subject, True), everywhere(subject, 0.0)):
+    with lesions.lesioned(model, subject.sheets, everywhere(subject, True), everywhere(subject, 0.0)):
         logits = model(tokens()).logits
     embedded = parts.wte(tokens()) + parts.wpe(torch.arange(40))
     assert torch.equal(logits, model.lm_head(parts.ln_f(embedded)))
@@ -132,7 +134,7 @@ def test_a_lesion_of_all_units_leaves_the_embeddings(subject):
 def test_a_lesion_is_what_changed_output_weights_are(subject, fill):
     units, values = some_units(subject), everywhere(subject, fill) * np.arange(1, 17)
     before = subject.model(tokens()).logits
-    with ablate.lesioned(subject.model, subject.sheets, units, values):
+    with lesions.lesioned(subject.model, subject.sheets, units, values):
         found = subject.model(tokens(), activations=True)
     expected = without(subject, units, values)(tokens(), activations=True)
     assert torch.allclose(found.logits, expected.logits, atol=2e-5)
@@ -149,9 +151,9 @@ def test_a_lesion_is_what_changed_output_weights_are(subject, fill):
 def test_sheets_may_come_in_any_order(subject):
     """As they do in a checkpoint of more than ten layers, which sorts layer.10 before layer.2."""
     units, fill, order = some_units(subject), everywhere(subject, 0.5), [2, 0, 3, 1]
-    with ablate.lesioned(subject.model, subject.sheets, units, fill):
+    with lesions.lesioned(subject.model, subject.sheets, units, fill):
         expected = subject.model(tokens()).logits
-    with ablate.lesioned(subject.model, [subject.sheets[i] for i in order], units[order], fill[order]):
+    with lesions.lesioned(subject.model, [subject.sheets[i] for i in order], units[order], fill[order]):
         assert torch.equal(subject.model(tokens()).logits, expected)
 
 
@@ -161,10 +163,10 @@ def test_hooks_are_gone_after_an_error(subject, where):
     before = subject.model(tokens()).logits
     with pytest.raises(ZeroDivisionError):
         if where == "in a hook":
-            with ablate.hooked(subject.model, subject.sheets, hooks):
+            with lesions.hooked(subject.model, subject.sheets, hooks):
                 subject.model(tokens())
         else:
-            with ablate.lesioned(subject.model, subject.sheets, *[everywhere(subject, True)] * 2):
+            with lesions.lesioned(subject.model, subject.sheets, *[everywhere(subject, True)] * 2):
                 raise ZeroDivisionError
     assert all(not module._forward_hooks for module in subject.model.modules())
     assert torch.equal(subject.model(tokens()).logits, before)
@@ -173,7 +175,7 @@ def test_hooks_are_gone_after_an_error(subject, where):
 def test_no_hook_stays_where_another_cannot_be_set(subject):
     with (
         pytest.raises(AttributeError),
-        ablate.hooked(subject.model, ["layer.0.mlp", "layer.0.no"], [print] * 2),
+        lesions.hooked(subject.model, ["layer.0.mlp", "layer.0.no"], [print] * 2),
     ):
         pass
     assert all(not module._forward_hooks for module in subject.model.modules())
@@ -190,7 +192,7 @@ def test_means_are_over_all_tokens_and_of_what_a_branch_adds(subject):
             added = shown[sheet] - stream if subject.model.cfg.post_residual else shown[sheet]
             sums[i] += added[0].double().sum(0).numpy()
             stream = stream + added
-    found = ablate.mean_outputs(subject.model, subject.sheets, rows)
+    found = lesions.mean_outputs(subject.model, subject.sheets, rows)
     assert found == pytest.approx(sums / (7 * 32), abs=1e-5)
 
 
@@ -214,13 +216,13 @@ def test_a_disc_is_the_cells_within_its_radius(out, subject, row, column, radius
 def test_a_disc_is_one_on_the_grid(out, subject):
     cfg = settings_of(out, disc="layer.0.mlp", centre=(1, 1), radius=1)
     (lesion,) = ablate.lesions_of(cfg, subject, everywhere(subject, 0.0))
-    grid = ablate.on_grid(subject, lesion.units)[subject.sheets.index("layer.0.mlp")]
+    grid = subject.on_grid(lesion.units)[subject.sheets.index("layer.0.mlp")]
     assert grid.astype(int).tolist() == [[0, 1, 0, 0], [1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
 def test_the_most_selective_are_those_of_largest_t():
     t = np.array([[1.0, -9.0, 3.0], [3.0, 0.0, 2.0]])
-    chosen = [set(zip(*np.nonzero(ablate.most_selective(t, k)), strict=True)) for k in range(1, 7)]
+    chosen = [set(zip(*np.nonzero(measures.most_selective(t, k)), strict=True)) for k in range(1, 7)]
     order = [(0, 2), (1, 0), (1, 2), (0, 0), (1, 1), (0, 1)]  # the first where t is the same
     assert chosen == [set(order[:k]) for k in range(1, 7)]
 
@@ -235,15 +237,15 @@ def test_sizes_are_those_that_the_model_has(out, subject):
 
 def test_random_units_are_as_many_and_others_at_each_draw():
     among = np.ones((4, 16), bool)
-    draws = [ablate.random_units(among, 20, seed, draw) for seed in (0, 1) for draw in range(40)]
+    draws = [lesions.random_units(among, 20, seed, draw) for seed in (0, 1) for draw in range(40)]
     assert all(draw.sum() == 20 and draw.shape == (4, 16) for draw in draws)
     assert len({draw.tobytes() for draw in draws}) == 80
     share = np.mean(draws, axis=0)  # each unit is drawn with probability 20/64
     assert abs(share - 20 / 64).max() < 5 * (20 / 64 * 44 / 64 / 80) ** 0.5
-    assert np.array_equal(draws[3], ablate.random_units(among, 20, 0, 3))
-    assert (ablate.random_units(among, 8, 0, 3) <= draws[3]).all()
+    assert np.array_equal(draws[3], lesions.random_units(among, 20, 0, 3))
+    assert (lesions.random_units(among, 8, 0, 3) <= draws[3]).all()
     among[1:] = False
-    assert not ablate.random_units(among, 16, 0, 0)[1:].any()
+    assert not lesions.random_units(among, 16, 0, 0)[1:].any()
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -261,11 +263,11 @@ def plain_cross_entropy(model, rows) -> float:
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 60, 4096])
 def test_cross_entropy_is_the_mean_over_all_tokens(subject, monkeypatch, tokens_per_batch):
-    monkeypatch.setattr("evals.activations.TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr("topogpt.analysis.activations.TOKENS_PER_BATCH", tokens_per_batch)
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, 50257, n).astype(np.uint16) for n in (2, 9, 49, 17, 2, 30)]
     expected = plain_cross_entropy(subject.model, rows)
-    assert ablate.cross_entropy(subject.model, rows) == pytest.approx(expected, rel=1e-5)
+    assert lesions.cross_entropy(subject.model, rows) == pytest.approx(expected, rel=1e-5)
 
 
 def test_held_out_tokens_of_a_run_are_those_of_its_evaluations(out, subject):
@@ -284,7 +286,7 @@ def test_held_out_text_is_one_document(out, subject, gpt2):
     stream = gpt2.encode_document((out / "held.txt").read_text())
     rows, said = ablate.held_out(cfg, subject)
     assert [row.tolist() for row in rows] == [stream[:49].tolist(), stream[48:97].tolist()]
-    assert said == {str(out / "held.txt"): stimuli.sha256(out / "held.txt")}
+    assert said == {str(out / "held.txt"): sha256(out / "held.txt")}
     (out / "short.txt").write_text("The cortex")
     rows, _ = ablate.held_out(settings_of(out, text=str(out / "short.txt")), subject)
     assert [row.tolist() for row in rows] == [[50256, 464, 20223]]
@@ -314,7 +316,7 @@ def test_a_lesion_measures_what_the_changed_model_measures(out, gpt2, run, eot):
             named = model(torch.from_numpy(ids.astype(np.int64))[None], activations=True).activations
         patterns.append([named[sheet][0].mean(0).numpy() for sheet in subject.sheets])
     test = measures.welch(np.array(patterns[:4]), np.array(patterns[4:]))
-    with ablate.lesioned(subject.model, subject.sheets, units, fill):
+    with lesions.lesioned(subject.model, subject.sheets, units, fill):
         assert bench.contrast().t[~units] == pytest.approx(test.t[~units], rel=1e-2, abs=1e-2)
     t, p = np.abs(test.t[~units]), np.sort(test.p[~units])
     passing = [i + 1 for i in range(len(p)) if p[i] < 0.05 * (i + 1) / len(p)]
@@ -354,12 +356,10 @@ def test_the_command_lesions_a_run_and_its_control(out, capsys):
         "--random_draws",
         "2",
     ]
-    ablate.main([*argv, "--n_tokens", "200", "--lesion", "mean"])
+    ANALYSIS.main([*argv, "--n_tokens", "200", "--lesion", "mean"])
     said = capsys.readouterr().out
-    assert [line.split()[0] for line in said.splitlines() if "cross-entropy in nats" in line] == [
-        "plain:",
-        "control:",
-    ]
+    headings = [line.split()[0] for line in said.splitlines() if "cross-entropy in nats" in line]
+    assert headings == ["plain,", "control,"]
     for run in ("plain", "control"):
         content, arrays = results(out, run)
         found, subject = content["results"], subject_of(out, run)
@@ -370,7 +370,7 @@ def test_the_command_lesions_a_run_and_its_control(out, capsys):
         assert arrays["t"].shape == (4, 4, 4)
         rows, _ = ablate.held_out(settings_of(out, run, n_tokens=200), subject)
         assert found["no_lesion"]["cross_entropy"] == pytest.approx(plain_cross_entropy(subject.model, rows))
-        fill = ablate.mean_outputs(subject.model, subject.sheets, rows)
+        fill = lesions.mean_outputs(subject.model, subject.sheets, rows)
         largest = np.sort(arrays["t"].ravel())[::-1]
         for lesion in found["lesions"]:
             mask, k = arrays[f"lesioned.{lesion['name']}"], lesion["k"]
@@ -381,7 +381,7 @@ def test_the_command_lesions_a_run_and_its_control(out, capsys):
             )
             changed = plain_cross_entropy(without(subject, units, fill), rows)
             assert lesion["cross_entropy"] == pytest.approx(changed, rel=1e-5)
-            drawn = [ablate.random_units(np.ones((4, 16), bool), k, 0, draw) for draw in (0, 1)]
+            drawn = [lesions.random_units(np.ones((4, 16), bool), k, 0, draw) for draw in (0, 1)]
             random = [plain_cross_entropy(without(subject, u, fill), rows) for u in drawn]
             assert lesion["random"]["cross_entropy_mean"] == pytest.approx(np.mean(random), rel=1e-5)
             assert lesion["random"]["cross_entropy_sd"] == pytest.approx(
@@ -401,9 +401,9 @@ def test_the_command_lesions_a_run_and_its_control(out, capsys):
 
 def test_the_same_command_finds_the_same(out):
     argv = [*arguments(out, "biases"), "--units", "3", "--n_tokens", "200"]
-    ablate.main(argv)
+    ANALYSIS.main(argv)
     first, arrays = results(out, "biases")
-    ablate.main(argv)
+    ANALYSIS.main(argv)
     again, arrays_again = results(out, "biases")
     assert first["results"] == again["results"] and first["protocol"] == again["protocol"]
     assert all(np.array_equal(a, arrays_again[name]) for name, a in arrays.items())
@@ -411,7 +411,7 @@ def test_the_same_command_finds_the_same(out):
 
 def test_a_disc_of_a_post_residual_model(out, capsys):
     disc = ["--disc", "layer.1.mlp", "--centre", "1", "2", "--radius", "1"]
-    ablate.main([*arguments(out, "post"), *disc, "--n_tokens", "100"])
+    ANALYSIS.main([*arguments(out, "post"), *disc, "--n_tokens", "100"])
     content, arrays = results(out, "post")
     (lesion,) = content["results"]["lesions"]
     assert lesion["name"] == "disc of radius 1 at layer.1.mlp 1,2" and lesion["k"] == 5
@@ -430,7 +430,8 @@ def test_by_default_the_language_localiser_is_read(out, tmp_path, capsys):
         for i, (text, condition) in enumerate(ITEMS[:8]):
             writer.writerow([i, *(text.upper().split() * 4)[:12], condition])
     argv = [str(out / "plain"), "--no_figures", "--device", "cpu", "--stimuli_dir", str(tmp_path)]
-    ablate.main([*argv, "--results_dir", str(tmp_path / "found"), "--n_tokens", "100", "--random_draws", "1"])
+    argv += ["--results_dir", str(tmp_path / "found")]
+    ANALYSIS.main([*argv, "--n_tokens", "100", "--random_draws", "1"])
     content = json.loads((tmp_path / "found" / "ablate.json").read_text())
     assert "fedorenko2010_localizer" in content["data_sha256"]
     assert set(content["results"]["no_lesion"]["conditions"]) == {"S", "N"}
@@ -442,10 +443,10 @@ def test_an_exported_folder_with_a_text_of_its_own(out, tmp_path):
     (folder / "training_config.yaml").unlink()  # as in a model of somebody else's
     argv = [str(folder), "--no_figures", "--device", "cpu", "--stimuli", str(out / "items.csv")]
     with pytest.raises(UserError, match="is no run, so it has no held-out text.*--text FILE.txt"):
-        ablate.main(argv)
-    ablate.main([*argv, "--text", str(out / "held.txt"), "--units", "4", "--n_tokens", "96"])
+        ANALYSIS.main(argv)
+    ANALYSIS.main([*argv, "--text", str(out / "held.txt"), "--units", "4", "--n_tokens", "96"])
     content = json.loads((folder / "evals" / "ablate.json").read_text())
-    ablate.main(
+    ANALYSIS.main(
         [*arguments(out, "control"), "--text", str(out / "held.txt"), "--units", "4", "--n_tokens", "96"]
     )
     same = results(out, "control")[0]["results"]["lesions"][0]
@@ -501,7 +502,7 @@ def test_a_mistake_is_said_in_one_line(out, tmp_path, capsys, argv, reason):
     (tmp_path / "LATIN1").write_bytes("caf\u00e9".encode("latin-1"))
     argv = [str(tmp_path / x) if x in ("EMPTY", "LATIN1") else x for x in argv]
     with pytest.raises(SystemExit) as stop, user_errors():
-        ablate.main([*arguments(out), *argv])
+        ANALYSIS.main([*arguments(out), *argv])
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1 and reason in line
 
@@ -510,7 +511,7 @@ def test_shards_that_are_gone_have_a_remedy(tmp_path, capsys):
     run = tiny.random_run(tmp_path)
     argv = [str(run), "--no_figures", "--device", "cpu", "--stimuli", str(write_csv(tmp_path / "items.csv"))]
     with pytest.raises(UserError, match="val_data_dir of the run: .*--text FILE.txt"):
-        ablate.main(argv)
+        ANALYSIS.main(argv)
 
 
 def test_a_model_of_other_tokens_is_refused(tmp_path):
@@ -518,7 +519,7 @@ def test_a_model_of_other_tokens_is_refused(tmp_path):
     run = tiny.random_run(tmp_path, vocab_size=64)
     argv = [str(run), "--no_figures", "--device", "cpu", "--stimuli", str(write_csv(tmp_path / "items.csv"))]
     with pytest.raises(UserError, match="knows 64 tokens, fewer than GPT-2's 50257"):
-        ablate.main(argv)
+        ANALYSIS.main(argv)
 
 
 def test_every_setting_is_said_in_the_help(capsys):

@@ -16,13 +16,16 @@ import torch
 from scipy import stats
 
 import train
-from evals import activations, contrasts, figures, heldout, localize, topography
-from evals.common import Subject, load_subject, read, read_arrays
-from evals.contrasts import ContrastsConfig, t_maps
+from evals import contrasts, figures, localize, topography
+from evals.contrasts import ContrastsConfig
 from evals.localize import LocalizeConfig
 from evals.topography import TopographyConfig
 from topogpt import topo
+from topogpt.analysis import activations, heldout, measures
+from topogpt.analysis.contrast import t_maps
+from topogpt.analysis.results import read
 from topogpt.analysis.stimuli import Stimuli
+from topogpt.analysis.subject import Subject, load_subject
 from topogpt.errors import UserError
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.settings import GPTConfig, TopoConfig
@@ -60,7 +63,7 @@ def analysed(runs, stimuli) -> list[Path]:
     """Every analysis of both, through the command line; the folders of their results."""
     for module, more in ((topography, []), (contrasts, []), (localize, ["--smallest_cluster", "2"])):
         given = [runs[0], "--control", runs[1], "--stimuli_dir", stimuli, "--permutations", 49, *more]
-        module.main(list(map(str, given)))
+        module.ANALYSIS.main(list(map(str, given)))
     return [run / "evals" for run in runs]
 
 
@@ -79,12 +82,12 @@ def some_subject(n_layer: int = 2, n_embd: int = 36, **model) -> Subject:
 def test_every_analysis_leaves_numbers_arrays_and_figures(analysed, runs):
     for folder in analysed:
         for name in ("topography", "contrasts", "localize"):
-            content = read(folder, name)
+            content = read(folder, name).content
             assert content["analysis"] == name and content["results"] and content["summary"]
             assert content["model"]["sheets"] == sheet_names(2) and content["model"]["grid"] == [5, 5]
             assert re.fullmatch("[0-9a-f]{64}", content["model"]["weights_sha256"])
             assert all(re.fullmatch("[0-9a-f]{64}", sha) for sha in content["data_sha256"].values())
-            assert all(np.isfinite(a).all() for a in read_arrays(folder, name).values())
+            assert all(np.isfinite(a).all() for a in read(folder, name).arrays.values())
             assert "NaN" not in (folder / f"{name}.json").read_text()
     drawn = {path.name for path in analysed[0].glob("*.png")}
     assert drawn == {path.with_suffix(".png").name for path in analysed[0].glob("*.svg")}
@@ -94,15 +97,25 @@ def test_every_analysis_leaves_numbers_arrays_and_figures(analysed, runs):
 
 def test_the_tables_show_model_control_and_floor(runs, stimuli, capsys):
     given = [runs[0], "--control", runs[1], "--stimuli_dir", stimuli, "--permutations", 49, "--no_figures"]
-    contrasts.main(list(map(str, given)))
+    contrasts.ANALYSIS.main(list(map(str, given)))
     said = capsys.readouterr().out
-    head = next(line for line in said.splitlines() if line.startswith("contrast "))
-    for word in ("topographic", "control", "floor", "TopoLM", "its control"):
+    lines = said.splitlines()
+    head = next(line for line in lines if line.startswith("readout "))
+    for word in (
+        "topographic: I",
+        "control: I",
+        "floor",
+        "TopoLM",
+        "its control",
+        "topographic: significant",
+    ):
         assert word in head
-    row = next(line for line in said.splitlines() if line.startswith("verb pairs - noun pairs")).split()
-    value = read(runs[0] / "evals", "contrasts")["results"]["contrasts"]["hauptman_verb-noun"]["moran"]["0.0"]
+    at = next(i for i, line in enumerate(lines) if line.startswith("verb pairs - noun pairs"))
+    row = lines[at + 1].split()
+    assert row[0] == "raw"
+    value = read(runs[0] / "evals", "contrasts").results["contrasts"]["hauptman_verb-noun"]["moran"]["0.0"]
     assert f"{value['mean']:.3f}" in row and f"{value['floor']:.3f}" in row
-    smoothed = [line for line in said.splitlines() if line.split()[:1] == ["2"]][-1].split()
+    smoothed = [line for line in lines if line.startswith("FWHM 2 mm")][-1].split()
     assert "0.815" in smoothed and "0.604" in smoothed  # published
 
 
@@ -110,8 +123,9 @@ def test_the_same_weights_give_the_same_numbers_from_an_export(runs, analysed, s
     from topogpt.sharing import export
 
     folder = export.export(runs[0], "best", say=lambda line: None)
-    contrasts.main([str(folder), "--stimuli_dir", str(stimuli), "--permutations", "49", "--no_figures"])
-    ours, theirs = (read(place, "contrasts")["results"] for place in (analysed[0], folder / "evals"))
+    given = [folder, "--stimuli_dir", stimuli, "--permutations", 49, "--no_figures"]
+    contrasts.ANALYSIS.main(list(map(str, given)))
+    ours, theirs = (read(place, "contrasts").results for place in (analysed[0], folder / "evals"))
     for name, found in ours["contrasts"].items():
         for fwhm, moran in found["moran"].items():
             other = theirs["contrasts"][name]["moran"][fwhm]
@@ -131,7 +145,8 @@ def test_figures_are_drawn_from_the_files_alone_and_the_same_again(analysed, run
 
 def test_help_and_mistakes_answer_without_torch_or_scipy():
     code = f"import sys; {'; '.join(f'import evals.{name}' for name in ANALYSES)}; "
-    code += "print([m for m in ('torch', 'scipy', 'matplotlib') if m in sys.modules])"
+    code += "import evals.report.__main__; "
+    code += "print([m for m in ('torch', 'scipy', 'matplotlib', 'jinja2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
 
@@ -204,11 +219,11 @@ def test_a_planted_map_is_found(analysed):
         flat = samples.reshape(200, -1)
         covariance = np.cov(flat.T) * 199
         r = topography.correlations_of(covariance)
-        curve = topography.measures.curve(r, h, w)
+        curve = measures.curve(r, h, w)
         return (
             topography.spatial_losses(subject, {"sheet": covariance})["sheet"],
-            topography.measures.smoothness_correlation(curve),
-            topography.measures.wiring_length(r, h, w),
+            measures.smoothness_correlation(curve),
+            measures.wiring_length(r, h, w),
             topography.cluster_size(samples, "largest"),
         )
 
@@ -312,7 +327,7 @@ def test_a_file_of_stimuli_that_makes_no_contrast_is_one_line(case, runs, tmp_pa
     rows, more, message = BAD[case]
     path = items.write_csv(tmp_path / "mine.csv", "item,condition", rows)
     with pytest.raises(UserError, match=message) as error:
-        contrasts.main([str(runs[0]), "--stimuli", str(path), *more])
+        contrasts.ANALYSIS.main([str(runs[0]), "--stimuli", str(path), *more])
     assert "\n" not in str(error.value) and "mine.csv" in str(error.value)
 
 
@@ -320,10 +335,11 @@ def test_a_contrast_of_the_users_own(runs, tmp_path, capsys):
     rows = [[w, c] for c, ws in (("b", "tree stone"), ("a", "run sing")) for w in ws.split()]
     path = items.write_csv(tmp_path / "mine.csv", "word,kind", rows)
     given = [str(runs[0]), "--stimuli", str(path), "--item", "word", "--condition", "kind"]
-    contrasts.main([*given, "--results_dir", str(tmp_path / "res"), "--permutations", "19", "--fwhm_mm", "0"])
-    content = read(tmp_path / "res", "contrasts-mine")
+    given += ["--results_dir", str(tmp_path / "res")]
+    contrasts.ANALYSIS.main([*given, "--permutations", "19", "--fwhm_mm", "0"])
+    content = read(tmp_path / "res", "contrasts-mine").content
     assert list(content["results"]["contrasts"]) == ["b_a"]  # as they come
-    t = read_arrays(tmp_path / "res", "contrasts-mine")["t.b_a.0.0"]
+    t = read(tmp_path / "res", "contrasts-mine").arrays["t.b_a.0.0"]
     subject = load_subject(ContrastsConfig(run=str(runs[0])), str(runs[0]))
     words = texts.load()
     x = activations.of_tokens(subject.model, [words.encode(w).astype(np.int64) for w, _ in rows])
@@ -383,7 +399,7 @@ def test_profiles_are_means_over_units_then_items():
 
 
 def test_the_localizer_writes_network_profiles_and_clusters(analysed):
-    content, arrays = read(analysed[0], "localize"), read_arrays(analysed[0], "localize")
+    content, arrays = (found := read(analysed[0], "localize")).content, found.arrays
     found = content["results"]
     assert found["n_units"] == 100 and found["n_network"] == int(arrays["network"].sum())
     assert found["n_network"] == sum(found["by_sheet"].values())
@@ -398,9 +414,9 @@ def test_the_localizer_writes_network_profiles_and_clusters(analysed):
 def test_a_localizer_without_nonwords_is_one_line(runs, stimuli, tmp_path):
     path = items.write_csv(tmp_path / "mine.csv", "item,condition", [["a b", "S"], ["c d", "S"]])
     with pytest.raises(UserError, match="mine.csv: 0 item.s. of N"):
-        localize.main([str(runs[0]), "--stimuli_dir", str(stimuli), "--localizer", str(path)])
+        localize.ANALYSIS.main([str(runs[0]), "--stimuli_dir", str(stimuli), "--localizer", str(path)])
     with pytest.raises(UserError, match="evals.fetch"):
-        localize.main([str(runs[0]), "--stimuli_dir", str(tmp_path / "nowhere")])
+        localize.ANALYSIS.main([str(runs[0]), "--stimuli_dir", str(tmp_path / "nowhere")])
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -424,7 +440,7 @@ MISTAKES = {
 def test_a_wrong_setting_is_one_line(case):
     given, message = MISTAKES[case]
     with pytest.raises(UserError, match=message) as error:
-        contrasts.main(["out/none", *given])
+        contrasts.ANALYSIS.main(["out/none", *given])
     assert "\n" not in str(error.value)
 
 
@@ -449,8 +465,10 @@ def test_a_diverged_model_is_one_line():
 
 def test_an_exported_folder_knows_its_radius_and_its_text(runs, analysed):
     """As its run does: the spatial loss and the held-out text are the same without more being said."""
-    topography.main([str(runs[0] / "hf"), "--permutations", "49", "--no_figures"])
-    ours, theirs = (read(place, "topography") for place in (runs[0] / "evals", runs[0] / "hf" / "evals"))
+    topography.ANALYSIS.main([str(runs[0] / "hf"), "--permutations", "49", "--no_figures"])
+    ours, theirs = (
+        read(place, "topography").content for place in (runs[0] / "evals", runs[0] / "hf" / "evals")
+    )
     assert theirs["results"]["spatial_loss"]["mean"] == pytest.approx(
         ours["results"]["spatial_loss"]["mean"], abs=1e-4
     )

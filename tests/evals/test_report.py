@@ -8,14 +8,14 @@ The last test drives the page in a browser, and is skipped where none is install
 import base64
 import html
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import xml.etree.ElementTree as ElementTree
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,13 +23,19 @@ import texts
 import tiny
 import torch
 from items import write_stimuli
+from markupsafe import escape
 
-from evals import contrasts, overview, page, reader, report
-from evals.common import read
-from evals.report import ReportConfig
+import evals
+from evals import contrasts
+from evals.report import __main__ as report
+from evals.report import overview, page, reader
 from topogpt import topo
+from topogpt.analysis import nulls, section
+from topogpt.analysis.results import read
+from topogpt.analysis.section import Number, Table
 from topogpt.config import parse
 from topogpt.errors import UserError
+from topogpt.sharing import export
 from topogpt.text import tokenizer
 from train import train
 
@@ -39,6 +45,8 @@ TEXT = (
     "The cortex\u2019s </script><script>boom()</script> <!-- HEAD --> folds & folds.\n\nIt is \u6f22\u5b57."
 )
 SHAPE = {"n_layer": 2, "n_embd": 20, "n_head": 2, "block_size": 32, "vocab_size": 50304, "dropout": 0.0}
+ANALYSES = section.discover(evals)
+ReportConfig = report.config_with(ANALYSES)
 SECTIONS = ["head", "training", "reader", "topography", "contrasts", "localize", "ablate", "provenance"]
 
 
@@ -150,36 +158,36 @@ def test_every_figure_of_the_analyses_is_inside_with_a_caption(made, written):
 
 
 def test_names_and_texts_are_escaped(written):
-    assert html.escape(HOSTILE) in written
+    assert escape(HOSTILE) in written
     assert "<img src=x" not in written and "boom()</script>" not in written
     assert written.count("<script") == written.count("</script>") == 2
 
 
 def test_numbers_of_the_analyses_are_in_their_tables(made, runs, written):
-    contents = {name: [read(run / "evals", name)["results"] for run in runs] for name in SECTIONS[3:6]}
+    contents = {name: [read(run / "evals", name).results for run in runs] for name in SECTIONS[3:6]}
     for i in range(2):
         found = contents["topography"][i]
         values = [found["moran"][fwhm]["mean"] for fwhm in ("0.0", "1.0", "2.0")]
         values += [found[k]["mean"] for k in ("spatial_loss", "wiring_length", "smoothness_tdann")]
         values += [found["moran"]["1.0"]["floor"], found["smoothness_correlation"]["mean"]]
-        assert [v for v in values if page.number(v) not in section_of(written, "topography")] == []
+        assert [v for v in values if page.shown(v) not in section_of(written, "topography")] == []
         contrast = contents["contrasts"][i]["contrasts"]["moseley_noun-verb"]
         for value in (contrast["moran"]["2.0"]["mean"], contrast["published"]["topo_smoothed"]):
-            assert f">{page.number(value)}<" in section_of(written, "contrasts")
+            assert f">{page.shown(value)}<" in section_of(written, "contrasts")
         localize = contents["localize"][i]
         network = section_of(written, "localize")
-        assert f">{page.number(localize['n_network'])}<" in network
-        assert page.number(localize["profiles"]["network"]["J"]["mean"], 4) in network
+        assert f">{page.shown(localize['n_network'])}<" in network
+        assert page.shown(Number(localize["profiles"]["network"]["J"]["mean"], 4)) in network
     cards = section_of(written, "head")
-    assert page.number(contents["topography"][1]["moran"]["0.0"]["mean"]) in cards
+    assert page.shown(contents["topography"][1]["moran"]["0.0"]["mean"]) in cards
     last = tiny.records(runs[0], "val")
     best = min(last, key=lambda r: r["cross_entropy"])
-    assert f">{page.number(best['cross_entropy'])}<" in cards
+    assert f">{page.shown(best['cross_entropy'])}<" in cards
 
 
 def test_provenance_says_what_repeats_the_report(written, runs):
     said = html.unescape(re.sub(r"<[^>]+>", " ", section_of(written, "provenance")))
-    content = read(runs[0] / "evals", "localize")
+    content = read(runs[0] / "evals", "localize").content
     assert content["model"]["weights_sha256"] in said
     assert all(digest in said for digest in content["data_sha256"].values())
     commands = html.unescape(re.search(r"<pre>(.*?)</pre>", section_of(written, "provenance"), re.S)[1])
@@ -191,11 +199,11 @@ def test_provenance_says_what_repeats_the_report(written, runs):
 # ---- what is run ---------------------------------------------------------------------------------
 
 
-def section(name: str, run: Path, *more: object) -> overview.Section:
+def shown(name: str, run: Path, *more: object) -> report.Shown:
+    """What the report has of one analysis."""
     cfg = parse(ReportConfig, arguments([run], "--no_figures", *more))
-    subject = report.load_subject(cfg, str(run))
-    model = report.Model(str(run), subject)
-    return report.section_of(cfg, name, [model])
+    model = report.Model(str(run), report.load_subject(cfg, str(run)))
+    return report.shown(cfg, name, ANALYSES[name], [model])
 
 
 @pytest.fixture
@@ -207,21 +215,21 @@ def alone(tmp_path) -> Path:
 
 def test_results_that_are_there_are_not_made_again_but_stale_ones_are(alone):
     path = alone / "evals" / "topography.json"
-    assert "there were no results" in section("topography", alone).done[0]
+    assert "there were no results" in shown("topography", alone).done[0]
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"written": "before"}))
-    assert section("topography", alone).done == []
-    assert section("topography", alone).contents[0]["written"] == "before"
+    assert shown("topography", alone).done == []
+    assert shown("topography", alone).found[0].content["written"] == "before"
 
-    again = section("topography", alone, "--redo")
-    assert "--redo" in again.done[0] and again.contents[0]["written"] != "before"
+    again = shown("topography", alone, "--redo")
+    assert "--redo" in again.done[0] and again.found[0].content["written"] != "before"
     content["model"] |= {"weights_sha256": "0" * 64, "checkpoint": "step-000001"}
     path.write_text(json.dumps(content))
-    again = section("topography", alone)
+    again = shown("topography", alone)
     assert "other weights (step-000001)" in again.done[0]
-    assert again.contents[0]["model"]["weights_sha256"] != "0" * 64
+    assert again.found[0].content["model"]["weights_sha256"] != "0" * 64
     path.write_text("{")
-    assert "topography.json cannot be read" in section("topography", alone).done[0]
+    assert "topography.json cannot be read" in shown("topography", alone).done[0]
 
 
 def test_missing_stimuli_are_a_line_and_stale_results_are_not_shown(alone, tmp_path, capsys):
@@ -238,14 +246,14 @@ def test_missing_stimuli_are_a_line_and_stale_results_are_not_shown(alone, tmp_p
     content = json.loads((alone / "evals" / "topography.json").read_text())
     content["model"]["weights_sha256"] = "0" * 64
     (alone / "evals" / "contrasts.json").write_text(json.dumps(content))
-    found = section("contrasts", alone, "--stimuli_dir", tmp_path / "none")
-    assert found.contents == [] and "python -m evals.fetch" in found.missing[0]
+    found = shown("contrasts", alone, "--stimuli_dir", tmp_path / "none")
+    assert found.found == [] and "python -m evals.fetch" in found.missing[0]
 
 
 def test_contrasts_of_the_users_own_stand_beside_the_published_ones(alone, stimuli, tmp_path):
     path = tmp_path / "music.csv"
     path.write_text("item,condition\na song,music\nthe drum,music\na word,speech\nto say,speech\n")
-    contrasts.main([str(alone), "--stimuli", str(path), "--permutations", "19", "--device", "cpu"])
+    contrasts.ANALYSIS.main([str(alone), "--stimuli", str(path), "--permutations", "19", "--device", "cpu"])
     report.main(arguments([alone], "--stimuli_dir", stimuli))
     written = (alone / "evals" / "report.html").read_text(encoding="utf-8")
     theirs, ours = (section_of(written, name) for name in ("contrasts", "contrasts-music"))
@@ -255,25 +263,29 @@ def test_contrasts_of_the_users_own_stand_beside_the_published_ones(alone, stimu
 
 
 def test_lesions_are_made_only_when_asked_for(alone, stimuli):
-    found = section("ablate", alone, "--stimuli_dir", stimuli)
-    assert found.contents == [] and "--ablate" in found.missing[0]
-    found = section("ablate", alone, "--stimuli_dir", stimuli, "--ablate")
-    lesion = found.contents[0]["results"]["lesions"][0]
-    assert section("ablate", alone, "--redo").contents  # not made again, and not lost
-    shown = report.FINDINGS["ablate"][1](found.contents, alone / "evals")
-    change = lesion["cross_entropy"] - found.contents[0]["results"]["no_lesion"]["cross_entropy"]
-    assert f">{page.number(change)}<" in shown
+    found = shown("ablate", alone, "--stimuli_dir", stimuli)
+    assert found.found == [] and "--ablate" in found.missing[0]
+    found = shown("ablate", alone, "--stimuli_dir", stimuli, "--ablate")
+    lesion = found.found[0].content["results"]["lesions"][0]
+    assert shown("ablate", alone, "--redo").found  # not made again, and not lost
+    change = lesion["cross_entropy"] - found.found[0].results["no_lesion"]["cross_entropy"]
+    table = next(part for part in found.section.parts if isinstance(part, Table))
+    assert page.shown(change) in [page.shown(cell) for row in table.rows for cell in row]
 
 
-def test_pictures_older_than_the_results_are_left_out(made):
-    content = [read(made.parent, "topography")]
-    assert report.FINDINGS["topography"][1](content, made.parent).count("<img") == 3
-    copy = made.parent.parent / "copy"
-    shutil.copytree(made.parent, copy)
-    results = copy / "topography.json"
-    for path in copy.glob("topography*.png"):
-        os.utime(path, (1, 1))
-    assert results.is_file() and "<img" not in report.FINDINGS["topography"][1](content, copy)
+def test_a_page_shows_no_picture_but_of_its_own_results(made):
+    """Figures are drawn anew for every page; without them it has none, whatever lies there."""
+    path = made.parent / "topography-maps.png"
+    before = path.read_bytes()
+    path.write_bytes(b"of other results")
+    assert shown("topography", made.parent.parent).images == []
+    cfg = parse(ReportConfig, arguments([made.parent.parent]))
+    subjects = [
+        report.load_subject(cfg, str(run)) for run in (made.parent.parent, made.parents[2] / "control")
+    ]
+    models = [report.Model(str(s.results.parent), s, i) for i, s in enumerate(subjects)]
+    images = report.shown(cfg, "topography", ANALYSES["topography"], models).images
+    assert len(images) == 3 and path.read_bytes() == before == images[0].png
 
 
 @pytest.mark.parametrize(
@@ -294,47 +306,105 @@ def test_a_control_of_another_shape_is_refused(runs, alone):
         report.main(arguments([runs[0], alone]))
 
 
-# ---- charts --------------------------------------------------------------------------------------
+# ---- pieces of the page --------------------------------------------------------------------------
 
 
-def test_a_line_is_drawn_where_its_axes_say():
-    x, y = [0.0, 400.0, 1000.0], [9.0, 2.0, 1.0]
-    chart = page.line_chart("A & B", "nats", [page.Line(x, y, 0)], page.Level("none", 0.5), skip=0.1)
-    root = ElementTree.fromstring(chart)
-    texts_at = {e.text: e for e in root.iter("text")}
-    assert "A & B" in texts_at and "9" not in texts_at  # it lies in the first tenth
-
-    def scale(labels: list[str], axis: str, shift: float = 0) -> tuple[float, float]:
-        a, b = (float(texts_at[label].get(axis)) - shift for label in labels)
-        return a, (b - a) / (float(labels[1]) - float(labels[0]))
-
-    (x0, dx), (y0, dy) = scale(["0", "200"], "x"), scale(["1", "2"], "y", 4)
-    points = np.array([p.split(",") for p in next(root.iter("polyline")).get("points").split()], float)
-    np.testing.assert_allclose(points[:, 0], x0 + dx * np.array(x), atol=0.11)
-    np.testing.assert_allclose(points[:, 1], y0 + dy * (np.array(y) - 1), atol=0.5)
-    assert points[0, 1] < page.TOP  # above the plot, where the inner svg cuts it off
+def record(folder: Path, place: int) -> overview.Model:
+    """A run that is nothing but its record."""
+    folder.mkdir()
+    lines = [
+        {"step": 0, "split": "val", "tokens": 0, "cross_entropy": 9.0, "spatial_loss": 0.5, "moran": 0.0}
+    ]
+    lines += [{"step": 1, "split": "train", "tokens": 10, "cross_entropy": 8.5}]
+    lines += [{"step": 1, "split": "train", "tokens": 400, "cross_entropy": float("nan")}]
+    more = {"spatial_loss": 0.2 + place, "moran": 0.4}
+    lines += [{"step": k, "split": "val", "tokens": 500 * k, "cross_entropy": 3.0 - k} | more for k in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return overview.Model(str(folder), SimpleNamespace(label=f"run {place}", grid=(12, 12)), place)
 
 
-def test_long_lines_become_means_of_neighbours():
-    x, y = page.thinned(range(1000), [2.0 * i for i in range(1000)])
-    assert len(x) == page.MAX_POINTS and x[0] == 1.0 and y[0] == 2.0
-    np.testing.assert_allclose(y, 2 * np.array(x))
-    assert page.thinned([3], [4]) == ([3.0], [4.0])
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (-0.006, 0.48), (7.2, 10.9), (0, 1e10), (3, 3), (0, 0)])
-def test_ticks_are_few_round_and_reach_over_the_values(low, high):
-    found = page.ticks(low, high)
-    assert found[0] <= low and found[-1] >= high and len(found) <= 9
-    steps = np.diff(found)
-    np.testing.assert_allclose(steps, steps[0] if len(steps) else [])
+def test_curves_are_of_the_record_and_beside_what_no_map_reaches(tmp_path):
+    models = [record(tmp_path / name, i) for i, name in enumerate("ab")]
+    entropy, spatial, moran = overview.draw_training(models).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in entropy.get_lines()}
+    assert lines["run 0"] == lines["run 1"] == [[0, 9], [500, 2], [1000, 1]]
+    assert lines["run 0, training steps"] == [[10, 8.5]]  # what is not finite is left out
+    low, high = entropy.get_ylim()
+    assert low < 1 and 2 < high < 9  # the first twentieth does not widen the axis
+    assert [line.get_ydata()[-1] for line in spatial.get_lines()] == pytest.approx([0.2, 1.2, 0.5])
+    null = moran.get_lines()[-1]
+    assert null.get_label() == "no map"
+    assert null.get_ydata()[0] == nulls.noise_morans(12, 12, 0.0, 1.0, "queen", 999, 0).mean()
+    assert overview.draw_training(models[:1]).axes[0].get_xlim()[0] == 0
 
 
 def test_table_escapes_and_puts_numbers_right():
-    shown = page.table(["<a>", "b"], [["<i>", 1.23456], ["group"], ["x", -2.0], ["y", None]])
-    assert '<th class="t" scope="col">&lt;a&gt;</th>' in shown and '<td class="t">&lt;i&gt;</td>' in shown
-    assert '<td class="n">1.235</td>' in shown and '<td class="n">&minus;2.000</td>' in shown
-    assert '<th colspan="2" scope="rowgroup">group</th>' in shown and "&ndash;" in shown
+    table = Table(["<a>", "b"], [["<i>", 1.23456], ["group"], ["x", Number(-2.0, spread=0.5)], ["y", None]])
+    made = page.templates().get_template("parts.html.jinja").module.table(table)
+    assert '<th class="t" scope="col">&lt;a&gt;</th>' in made and '<td class="t">&lt;i&gt;</td>' in made
+    assert '<td class="n">1.235</td>' in made and '<td class="n">\u22122.000 \u00b1 0.500</td>' in made
+    assert '<th colspan="2" scope="rowgroup">group</th>' in made and '<td class="n">\u2013</td>' in made
+
+
+# ---- an analysis is one file ---------------------------------------------------------------------
+
+TOY = '''"""A toy."""
+from topogpt.analysis.results import Outcome
+from topogpt.analysis.section import Analysis, Card, Drawing, Section, Table, labels
+from topogpt.analysis.subject import EvalConfig, protocol_of
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(EvalConfig):
+    """Toy with a model."""
+
+    times: int = 2  # how often
+
+
+def analyse(cfg, subject):
+    answer = 21.5 * cfg.times
+    return Outcome(protocol_of(cfg), {}, {"answer": answer}, {}, {"the answer": answer})
+
+
+def section(found):
+    answers = [r.results["answer"] for r in found]
+    table = Table(["", *labels(found)], [["the answer", *answers]], explanations=["What <toys> say."])
+    return Section("Toys & games", ["Is it fun?", table], ["only a toy"], [Card("Fun", "toys", answers, {})])
+
+
+def draw(found):
+    from topogpt.drawing import new_figure
+
+    yield Drawing("toy-figure", new_figure(2, 1), "Nothing at all.")
+
+
+ANALYSIS = Analysis(ToyConfig, analyse, section, draw, order=15)
+'''
+
+
+def test_a_new_file_is_all_there_is_to_a_new_analysis(alone, tmp_path, monkeypatch, capsys):
+    """It is found by the terminal, by the page with its navigation, and by the model card."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "toy.py").write_text(TOY)
+    monkeypatch.setattr(evals, "__path__", [*evals.__path__, str(tmp_path / "more")])
+    monkeypatch.delitem(sys.modules, "evals.toy", raising=False)
+    found = section.discover(evals)
+    assert [*found][:3] == ["topography", "toy", "contrasts"]
+
+    found["toy"].main([str(alone), "--times", "3", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert re.search(r"the answer +64.500\n", said) and "only a toy" in said and "toy-figure.svg" in said
+    report.main(arguments([alone], "--stimuli_dir", tmp_path / "none"))
+    written = (alone / "evals" / "report.html").read_text(encoding="utf-8")
+    assert '<a href="#topography">Topography</a>\n  <a href="#toy">Toys &amp; games</a>' in written
+    shown = section_of(written, "toy")
+    for part in ("Is it fun?", "64.500", "What &lt;toys&gt; say.", "Nothing at all.", "only a toy"):
+        assert part in shown
+    assert "Fun" in section_of(written, "head")
+    assert f"python -m evals.toy {alone} --times 3" in section_of(written, "provenance")
+    card = (export.export(alone, out=tmp_path / "hf") / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"toy .*the answer .*64\.5", card)
 
 
 # ---- data of the reader --------------------------------------------------------------------------
@@ -429,14 +499,6 @@ def test_held_out_text_is_cut_at_documents_and_first_pieces_come_first(tmp_path,
     assert [len(p) for p in reader.held_out(subject, 50, 30, True)] == [30, 20]
     numbers = reader.held_out(subject, 1000, 30, False)  # no words, so no documents
     assert [p[0] for p in numbers] == stream[:-1:30].tolist()[: len(numbers)]
-
-
-def test_characters_of_several_tokens_are_whole():
-    words = texts.load()
-    text = "\u6f22\u5b57 isn\u2019t \U0001f9e0"
-    shown = reader.words_of(words.encode(text), True, None)
-    assert "".join(shown) == text and "" in shown and "\ufffd" not in "".join(shown)
-    assert reader.words_of([5, 63], False, None) == [" 5", " 63"]
 
 
 def test_tokens_of_a_small_vocabulary_are_numbers(stimuli, tmp_path):

@@ -1,14 +1,13 @@
-"""Measures on maps: smoothing, t-tests, Moran's I with its floor and p-values, clusters, distance curves.
+"""Measures on maps: smoothing, t-tests, the pairs behind Moran's I, clusters, curves over distance.
 
-Maps are numpy arrays (..., h, w); every function takes as many of them at once as it is given.
+Maps are numpy arrays (..., h, w); every function takes as many of them at once as it is given. What a value
+is compared with is in nulls.py.
 """
 
 import functools
 from typing import Literal, NamedTuple
 
 import numpy as np
-
-from topogpt import rng, topo
 
 Contiguity = Literal["queen", "rook"]
 
@@ -35,6 +34,15 @@ def smoothing_weights(n: int, fwhm_mm: float, unit_distance_mm: float) -> np.nda
     distance = np.arange(n)[:, None] - np.arange(n)
     weights = np.exp(-(distance**2) / (2 * sigma**2))
     return weights / weights.sum(1, keepdims=True)
+
+
+def width(fwhm: str | float) -> str:
+    return f"FWHM {float(fwhm):g} mm"
+
+
+def smoothing(fwhm: str | float) -> str:
+    """A readout in words."""
+    return "raw" if float(fwhm) == 0 else width(fwhm)
 
 
 # ---- contrasts -----------------------------------------------------------------------------------
@@ -80,16 +88,6 @@ def most_selective(t: np.ndarray, k: int) -> np.ndarray:
 # ---- Moran's I -----------------------------------------------------------------------------------
 
 
-class Moran(NamedTuple):
-    """Of one map, or of the mean over maps; compare it with the floor of the same smoothing and grid."""
-
-    value: float
-    p: float  # of the units shuffled over the grid: share of permutations that reach the value
-    floor: float  # mean of smoothed white noise
-    floor_sd: float
-    p_floor: float  # share of smoothed white-noise maps that reach the value; takes units for independent
-
-
 class Edges(NamedTuple):
     """Neighbouring pairs of cells, and the two row-standardised weights of each pair added up."""
 
@@ -109,14 +107,6 @@ def edges(h: int, w: int, contiguity: Contiguity) -> Edges:
     return Edges(i, j, 1 / n_neighbours[i] + 1 / n_neighbours[j])
 
 
-@functools.lru_cache(maxsize=4)
-def permuted_edges(h: int, w: int, contiguity: Contiguity, permutations: int, seed: int) -> np.ndarray:
-    """Places in a flat (h w, h w) matrix where each permutation finds the pairs, (permutations, n_edges)."""
-    found, n = edges(h, w, contiguity), h * w
-    order = np.stack([rng.permutation(n, seed, "moran", k) for k in range(permutations)])
-    return (order[:, found.i] * n + order[:, found.j]).astype(np.int32)
-
-
 def gram_of(maps: np.ndarray) -> np.ndarray:
     """Mean over maps (n, h, w) of z z^T / z^T z, with z the deviations from a map's mean; (h w, h w) float32.
 
@@ -129,51 +119,6 @@ def gram_of(maps: np.ndarray) -> np.ndarray:
     norm = np.sqrt((z * z).sum(1, keepdims=True))
     z = np.divide(z, norm, out=np.zeros_like(z), where=norm > 0)
     return (z.T @ z / len(z)).astype(np.float32)
-
-
-def moran(
-    maps: np.ndarray,
-    fwhm_mm: float,
-    unit_distance_mm: float = 1.0,
-    contiguity: Contiguity = "queen",
-    permutations: int = 999,
-    seed: int = 0,
-) -> Moran:
-    """Mean Moran's I of maps (n, h, w), or of one map (h, w), that were smoothed at fwhm_mm.
-
-    p is the pseudo p-value of esda's Moran, one-sided: (1 + permutations that reach the value) / (1 + all).
-    Smoothing alone makes neighbours alike, so for a smoothed map p_floor is the one to look at.
-    """
-    *_, h, w = maps.shape
-    gram = gram_of(maps.reshape(-1, h, w))
-    found = edges(h, w, contiguity)
-    value = float(gram[found.i, found.j] @ found.weight)
-    at_random = gram.take(permuted_edges(h, w, contiguity, permutations, seed)) @ found.weight
-    noise = noise_morans(h, w, fwhm_mm, unit_distance_mm, contiguity, permutations, seed)
-    return Moran(
-        value,
-        share_reaching(at_random, value),
-        float(noise.mean()),
-        float(noise.std()),
-        share_reaching(noise, value),
-    )
-
-
-def share_reaching(values: np.ndarray, value: float) -> float:
-    return float((1 + (values >= value - 1e-9).sum()) / (1 + len(values)))
-
-
-@functools.lru_cache(maxsize=32)
-def noise_morans(
-    h: int, w: int, fwhm_mm: float, unit_distance_mm: float, contiguity: Contiguity, n: int, seed: int
-) -> np.ndarray:
-    """Moran's I of n maps of smoothed white noise, scaled to the same variance everywhere as t-maps are."""
-    grids = np.random.default_rng([seed, n]).standard_normal((n, h, w))
-    if fwhm_mm:
-        down, across = (smoothing_weights(m, fwhm_mm, unit_distance_mm) for m in (h, w))
-        sd = np.sqrt(np.outer((down**2).sum(1), (across**2).sum(1)))
-        grids = smooth(grids, fwhm_mm, unit_distance_mm) / sd
-    return topo.morans_i(grids, contiguity)
 
 
 # ---- clusters ------------------------------------------------------------------------------------

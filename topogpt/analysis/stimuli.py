@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from topogpt.errors import UserError
+from topogpt.files import sha256
 
 REMEDY = "`python -m evals.fetch` fetches the public stimuli; give their folder as --stimuli_dir"
 LOCALIZER_WORDS = [f"stim{i}" for i in range(2, 14)]  # the twelve words of an item of the localiser
@@ -68,10 +69,6 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, s
         if None in row:  # where DictReader puts what is left over
             raise UserError(f"{path}, line {line} has more fields than columns; quote a text that has commas")
     return rows
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_groups(stimuli: Stimuli, a: np.ndarray, b: np.ndarray, what: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topogpt import topo
+from topogpt import drawing, topo
 from topogpt.model.gpt import GPT
 
 
@@ -43,44 +43,16 @@ def save_arrays(path: Path, maps: Mapping[str, np.ndarray]) -> None:
 
 
 def draw(
-    path: Path, columns: Sequence[tuple[str, Mapping[str, np.ndarray]]], title: str, map_index: int = -1
+    path: Path, steps: Sequence[tuple[str, Mapping[str, np.ndarray]]], title: str, map_index: int = -1
 ) -> None:
-    """Draw one map of every sheet; several columns ("before", "after") stand side by side.
+    """Draw one map of every sheet, standardised; several steps ("before", "after") stand above each other.
 
-    Each map is standardised, and all share one colour scale.
+    Args:
+        steps: name of each, and its maps, sheet -> (n_maps, h, w); Moran's I is the mean over all of them.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    n_sheets = len(columns[0][1])
-    across = 2 if n_sheets <= 8 else 6  # attn and mlp of one layer in a row, or of three
-    rows, gap = -(-n_sheets // across), 0.25
-    widths = (([1.0] * across + [gap]) * len(columns))[:-1]
-    figure = Figure(figsize=(1.25 * sum(widths) + 1.0, 1.4 * rows + 0.9), layout="compressed")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for c, (label, maps) in enumerate(columns):
-        first = c * (across + 1)
-        for i, (sheet, grids) in enumerate(maps.items()):
-            grid = grids[map_index]
-            z = (grid - grid.mean()) / (grid.std() or 1.0)
-            axis = axes[i // across, first + i % across]
-            image = axis.imshow(z, cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
-            axis.set_title(sheet, fontsize=7, pad=2)
-        moran = np.mean(list(mean_morans_i(maps).values()))
-        heading = axes[0, first].annotate(
-            f"{label}mean Moran's I {round(moran, 2) + 0.0:.2f}",
-            xy=(0, 1),
-            xycoords="axes fraction",
-            xytext=(0, 14),
-            textcoords="offset points",
-            fontsize=8,
-        )
-        heading.set_in_layout(False)  # it may reach over the next sheet
-    figure.suptitle(f"{title}\n", fontsize=10)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30)
-    bar.set_label("activation (standard deviations)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    groups = []
+    for label, maps in steps:
+        shown = {sheet: drawing.standardised(grids[map_index]) for sheet, grids in maps.items()}
+        moran = float(np.mean(list(mean_morans_i(maps).values())))
+        groups.append(drawing.Maps(label, shown, moran=moran))
+    drawing.save(drawing.draw_sheets(groups, title, "activation (sd of its sheet)", 2.5), path)

@@ -1,14 +1,16 @@
 """Held-out text: the run's own validation tokens, other shards, or a text file."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from evals.common import Subject
-from topogpt.analysis.stimuli import sha256
+from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
+from topogpt.files import sha256
+from topogpt.settings import N_VOCAB
 
 
 class HeldOut(NamedTuple):
@@ -64,3 +66,22 @@ def shards(subject: Subject, text: str | None, n_tokens: int) -> tuple[np.ndarra
         raise UserError(f"{error}; or give other text: --text FILE.txt") from None
     stream = corpus.window(0, min(n_tokens + 1, corpus.n_tokens))
     return stream, ", ".join(map(str, patterns)), corpus.fingerprint
+
+
+def words_of(
+    tokens: Iterable[int], vocab_size: int, vocab_dir: str | None = None, apart: bool = False
+) -> list[str]:
+    """The text of each token; a number where the model's tokens are not GPT-2's.
+
+    A character that takes several tokens appears at the last of them. apart: they do not follow each other.
+    """
+    from topogpt.text import tokenizer
+
+    encoding = tokenizer.load(vocab_dir).encoding if vocab_size >= N_VOCAB else None
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [
+        decoder.decode(encoding.decode_single_token_bytes(token), final=apart)
+        if encoding and token < N_VOCAB
+        else f"{'' if apart else ' '}{token}"
+        for token in map(int, tokens)
+    ]

@@ -1,7 +1,5 @@
 """Data of the report's reader: what every unit does on a few texts, small enough to lie inside a page.
 
-    python -m evals.report out/topolm --control out/control         # writes the page; see report.py
-
 Each text is read after an end-of-text token, as documents are in training, and that token is not shown.
 Activations are stored as one byte each, between the smallest and the largest value of their unit, in the
 order of the grid. Beside them: each unit's mean and standard deviation over a larger sample of held-out
@@ -9,16 +7,15 @@ text, and the tokens of that sample at which it was highest and lowest.
 """
 
 import base64
-import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from evals import heldout
-from evals.common import Subject
 from topogpt import topo
+from topogpt.analysis import heldout
+from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
 from topogpt.terminal import progress
 
@@ -122,20 +119,6 @@ def held_out(subject: Subject, n_tokens: int, longest: int, words: bool) -> list
             pieces.append(piece[:left])
             left -= len(pieces[-1])
     return pieces
-
-
-def words_of(tokens: Iterable[int], words: bool, vocab_dir: str | None) -> list[str]:
-    """Each token's text; a character that takes several tokens appears at the last of them."""
-    from topogpt.text import tokenizer
-
-    if not words:
-        return [f" {token}" for token in tokens]
-    encoding = tokenizer.load(vocab_dir).encoding
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [
-        decoder.decode(encoding.decode_single_token_bytes(int(t)) if t < tokenizer.N_VOCAB else b"?")
-        for t in tokens
-    ]
 
 
 # ---- one model -----------------------------------------------------------------------------------
@@ -249,13 +232,17 @@ def packed(values: np.ndarray, dtype: type) -> str:
 
 def data(subjects: Sequence[Subject], texts: Texts, vocab_dir: str | None) -> dict[str, Any]:
     """What the page's script reads: texts, sample and one entry per model."""
-    n = sum(map(len, texts.sample))
+    vocab_size, n = subjects[0].model.cfg.vocab_size, sum(map(len, texts.sample))
+
+    def words_of(tokens: np.ndarray) -> list[str]:
+        return heldout.words_of(tokens, vocab_size, vocab_dir)
+
     return {
         "grid": list(subjects[0].grid),
         "sheets": subjects[0].sheets,
-        "texts": [{"name": p.name, "words": words_of(p.tokens, texts.words, vocab_dir)} for p in texts.shown],
+        "texts": [{"name": p.name, "words": words_of(p.tokens)} for p in texts.shown],
         "sample": {
-            "words": [w for tokens in texts.sample for w in words_of(tokens, texts.words, vocab_dir)],
+            "words": [word for tokens in texts.sample for word in words_of(tokens)],
             "ends": np.cumsum([len(tokens) for tokens in texts.sample]).tolist(),
             "what": f"{n:,} tokens of {texts.source}",
         },

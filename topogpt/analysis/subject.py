@@ -1,0 +1,184 @@
+"""What an analysis is told, and the model it looks at: settings that several share, and the Subject.
+
+subject = load_subject(cfg, "out/topolm")       # or an exported folder, or USER/NAME on the Hub
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from topogpt import topo, topography
+from topogpt.errors import UserError, check_at_least
+from topogpt.files import sha256
+
+if TYPE_CHECKING:  # --help and mistakes answer at once
+    from topogpt.model.gpt import GPT
+
+ELSEWHERE = "run control checkpoint results_dir stimuli_dir figures device vocab_dir".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What every analysis can be told."""
+
+    run: str  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
+    control: str | None = None  # its control: analysed the same way, and shown beside it
+    checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
+    positions: str | None = None  # for a model without: identity, permuted, or a folder with a topography
+    results_dir: str | None = None  # folder for the results; None: evals/ inside the run or folder
+    stimuli_dir: str = "data/stimuli"  # where stimuli lie; `python -m evals.fetch` fills it
+    figures: bool = True  # draw the figures, too
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
+
+    def __post_init__(self) -> None:
+        if self.control is not None and self.results_dir is not None:
+            raise UserError("results_dir has no effect with control, as each model has a folder of its own")
+
+    @property
+    def sources(self) -> list[str]:
+        """The model, and its control if there is one."""
+        return [self.run] if self.control is None else [self.run, self.control]
+
+    @property
+    def variant(self) -> str:
+        """What is added to the name of results that stand beside the usual ones: NAME-VARIANT.json."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingConfig(EvalConfig):
+    """How the tokens of an item become one pattern of activation."""
+
+    pooling: Literal["mean", "last"] = "mean"  # over an item's tokens (never padding), or its last one
+    eot: bool = False  # whether an end-of-text token, which starts documents in training, leads each item
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoranConfig(EvalConfig):
+    """How maps are smoothed, and their Moran's I is tested."""
+
+    fwhm_mm: tuple[float, ...] = (0.0, 1.0, 2.0)  # of the Gaussian readout: 2 is TopoLM's "smoothed", 0 none
+    unit_distance_mm: float = 1.0  # between neighbours on the grid
+    contiguity: Literal["queen", "rook"] = "queen"  # which cells are neighbours in Moran's I
+    permutations: int = 999  # of Moran's I, and maps of white noise for its floor
+    seed: int = 0  # of permutations, noise and splits
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.fwhm_mm or min(self.fwhm_mm) < 0 or len(set(self.fwhm_mm)) < len(self.fwhm_mm):
+            raise UserError(f"fwhm_mm = {list(self.fwhm_mm)} must be different widths of at least 0")
+        check_at_least("permutations", self.permutations, 1)
+        if not 0 < self.unit_distance_mm < float("inf"):
+            raise UserError(f"unit_distance_mm = {self.unit_distance_mm} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapConfig(PoolingConfig, MoranConfig):
+    """How maps of contrasts between items are made and tested."""
+
+    alpha: float = 0.05  # level of the false discovery rate over all units of all sheets
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_alpha(self.alpha)
+
+
+def check_alpha(alpha: float) -> None:
+    if not 0 < alpha < 1:
+        raise UserError(f"alpha = {alpha} must be between 0 and 1")
+
+
+def protocol_of(cfg: EvalConfig) -> dict[str, Any]:
+    """The settings that numbers depend on: all but where things lie and how they are shown."""
+    return {key: value for key, value in asdict(cfg).items() if key not in ELSEWHERE}
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """A model with its sheets, and where its results go."""
+
+    label: str  # what figures and tables call it
+    model: "GPT"  # in eval mode, on its device
+    positions: dict[str, np.ndarray]  # sheet -> (n_units, 2)
+    results: Path  # folder
+    checkpoint: Path  # folder of its weights
+    settings: dict[str, Any] | None  # of the run it comes from, where that is known
+    weights_sha256: str
+
+    @property
+    def sheets(self) -> list[str]:
+        return list(self.positions)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return topo.grid_shape(self.model.cfg.n_embd)
+
+    def on_grid(self, values: Mapping[str, np.ndarray] | np.ndarray) -> np.ndarray:
+        """Values of units, sheet -> (..., n_units) or (S, ..., n_units), as maps (S, ..., h, w)."""
+        if isinstance(values, np.ndarray):
+            values = dict(zip(self.sheets, values, strict=True))
+        return np.stack([topo.on_grid(values[sheet], p) for sheet, p in self.positions.items()])
+
+
+def load_subject(cfg: EvalConfig, source: str) -> Subject:
+    from topogpt.distributed import pick_device
+    from topogpt.sharing.load import load_model
+
+    loaded = load_model(source, cfg.checkpoint, pick_device(cfg.device))
+    positions = loaded.positions or positions_for(cfg, source, loaded.model)
+    settings = settings_of(loaded.folder)
+    results = Path(cfg.results_dir) if cfg.results_dir else results_folder(source)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{results} cannot be made: {error.strerror}; choose another --results_dir") from None
+    label = settings["run_name"] if settings else source.rstrip("/")
+    hashed = sha256(*sorted(loaded.folder.glob("model*.safetensors")))
+    return Subject(label, loaded.model, positions, results, loaded.folder, settings, hashed)
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Settings of the run that a checkpoint or an exported folder comes from, where it says."""
+    import yaml
+
+    state, exported = folder / "state.json", folder / "training_config.yaml"
+    if state.is_file():
+        return json.loads(state.read_text(encoding="utf-8"))["config"]
+    return yaml.safe_load(exported.read_text(encoding="utf-8")) if exported.is_file() else None
+
+
+def results_folder(source: str) -> Path:
+    """evals/ inside a run or an exported folder; for a repository of the Hub a folder of its name in out/."""
+    folder = Path(source) if Path(source).is_dir() else Path("out") / source.replace("/", "--")
+    return folder / "evals"
+
+
+def positions_for(cfg: EvalConfig, source: str, model: "GPT") -> dict[str, np.ndarray]:
+    """Positions of a model that has none, as --positions says."""
+    from topogpt.model.gpt import sheet_names
+
+    sheets, n_units = sheet_names(model.cfg.n_layer), model.cfg.n_embd
+    if cfg.positions is None:
+        raise UserError(
+            f"{source} has no positions of its units; give --positions identity (unit i in cell i), "
+            "permuted, or a folder that holds topography.safetensors"
+        )
+    if cfg.positions in ("identity", "permuted"):
+        return {sheet: topo.positions(cfg.positions, n_units, 0, sheet) for sheet in sheets}
+    try:
+        positions = topography.load_topography(cfg.positions).positions
+    except ValueError as error:
+        raise UserError(f"positions: {error}") from None
+    if list(positions) != sheets or {len(p) for p in positions.values()} != {n_units}:
+        raise UserError(
+            f"positions = {cfg.positions} are of {len(positions)} sheets of "
+            f"{len(next(iter(positions.values())))} units, but {source} has {len(sheets)} of {n_units}"
+        )
+    return positions
