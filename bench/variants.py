@@ -68,9 +68,8 @@ CANDIDATES = {
     "gather, bmm, index_add, fp32": How(True, False, False, False),  # a Gram matrix each, atomic additions
     "gather, bmm, dense, fp32": How(True, False, True, False),  # a Gram matrix each, no atomic additions
     "gather, bmm, dense, bf16": How(True, False, True, True),
-    "gather, one Gram, dense, fp32": How(
-        True, True, True, False
-    ),  # (K * U, K * U), five times the arithmetic
+    # (K * U, K * U), five times the arithmetic
+    "gather, one Gram, dense, fp32": How(True, True, True, False),
     "gather, one Gram, dense, bf16": How(True, True, True, True),
     "gather, one Gram, dense, bf16, all sheets": How(True, True, True, True, True),  # one bmm for 24 sheets
     "sheet Gram, fp32": How(False, True, True, False),  # (C, C): all 400 neighbourhoods could be read from it

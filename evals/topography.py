@@ -288,7 +288,7 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     yield Drawing(
         "topography-maps",
         drawing.draw_sheets(
-            maps, f"One token, {token!r}, on every sheet", "activation (sd of its sheet)", 2.5
+            maps, f"One token, {token!r}, on every sheet", "activation (sd of its sheet)", drawing.LIMIT
         ),
         "Activation of every unit at one held-out token, in standard deviations of its sheet "
         f"(dimensionless), cut at \u00b1 2.5. {plots.MAPS}",

@@ -132,9 +132,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def route(self, path: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
         """Status, content and headers of the answer."""
-        if path.startswith(
-            "/objects/"
-        ):  # where the Hub sends uploads; the address is signed, not the request
+        if path.startswith("/objects/"):
+            # where the Hub sends uploads; the address is signed, not the request
             self.server.objects[path.rpartition("/")[2]] = body
             return 200, {}, {}
         if path == "/api/validate-yaml":

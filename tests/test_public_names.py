@@ -37,9 +37,8 @@ def test_every_name_is_there_and_documented(name):
 def test_the_names_of_type_checkers_are_those_of_python():
     tree = ast.parse((tiny.ROOT / "topogpt" / "__init__.py").read_text())
     blocks = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    typed = {
-        (node.module, alias.name) for block in blocks for node in block.body for alias in node.names
-    }  # from topogpt.topo import grid_shape
+    # from topogpt.topo import grid_shape
+    typed = {(node.module, alias.name) for block in blocks for node in block.body for alias in node.names}
     lazy = {(f"topogpt.{home}", name) for home, names in topogpt.HOME.items() for name in names.split()}
     assert typed == lazy
     assert sorted({name for _, name in lazy} | {"__version__"}) == sorted(topogpt.__all__)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = "RdBu_r"
 OUTLINE = "#1a1a1a"
+LIMIT = 2.5  # standard deviations at the ends of the colours, of standardised maps
 DPI = 160
 
 

@@ -124,6 +124,11 @@ def noise_floor(h: int, w: int) -> tuple[float, float]:
     return float(np.nanmean(found)), float(np.nanstd(found))
 
 
+def sheet_names(n_layer: int) -> list[str]:
+    """Names of a model's sheets, and of its activations, in forward order: two of every layer."""
+    return [f"layer.{i}.{branch}" for i in range(n_layer) for branch in ("attn", "mlp")]
+
+
 def sheet_order(sheet: str) -> list[tuple[int, str]]:
     """A key that puts layer.2 before layer.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in sheet.split(".")]

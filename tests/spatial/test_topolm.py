@@ -122,9 +122,8 @@ def test_correlations_that_equal_the_inverse_distances_lose_nothing():
     root = torch.linalg.cholesky(d)
     g = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(200, 26, generator=g, dtype=torch.float64) + 1)[0]
-    basis = torch.linalg.qr(basis - basis.mean(0))[0][
-        :, :25
-    ]  # orthonormal and centred: covariances are exact
+    # orthonormal and centred: covariances are exact
+    basis = torch.linalg.qr(basis - basis.mean(0))[0][:, :25]
     loss = TopoLMLoss(cfg, positions)
     assert loss({SHEETS[0]: (basis @ root.T)[None]}, loss.choose(0, 0, 0)).item() < 1e-12
 

@@ -9,9 +9,10 @@
 """
 
 import contextlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -19,14 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topogpt import settings, topo
+from topogpt import drawing, settings, topo
 from topogpt.analysis import measures
+from topogpt.analysis.lesions import hooked
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.sharing.load import load_model
 from topogpt.text import tokenizer
 
 if TYPE_CHECKING:
-    from topogpt.analysis.pictures import Picture
+    from matplotlib.figure import Figure
 
 Text = str | Sequence[int] | np.ndarray  # or its tokens
 Kind = Literal["permuted", "identity"]
@@ -228,17 +230,15 @@ def lesion(run: Run, units: Units, fill: float = 0.0) -> Iterator[None]:
         chosen = units
     else:
         chosen = {sheet: slice(None) for sheet in ([units] if isinstance(units, str) else units)}
-    masks = {sheet: mask_of(run, sheet, which) for sheet, which in chosen.items()}
-    with contextlib.ExitStack() as stack:
-        for sheet, mask in masks.items():
-            _, layer, branch = sheet.split(".")
-            there = torch.from_numpy(mask).to(run.model.device)
-            block = run.model.transformer.h[int(layer)]
+    masks = {
+        sheet: torch.from_numpy(mask_of(run, sheet, which)).to(run.model.device)
+        for sheet, which in chosen.items()
+    }
 
-            def silence(module: object, args: object, out: Tensor, there: Tensor = there) -> Tensor:
-                return out.masked_fill(there, fill)
+    def silence(mask: Tensor, module: object, inputs: object, out: Tensor) -> Tensor:
+        return out.masked_fill(mask, fill)
 
-            stack.callback(getattr(block, branch).register_forward_hook(silence).remove)
+    with hooked(run.model, list(masks), [partial(silence, mask) for mask in masks.values()]):
         yield
 
 
@@ -288,12 +288,28 @@ def morans_i_floor(
         maps: how many are drawn.
         seed: of the noise.
     """
-    noise = np.random.default_rng(seed).standard_normal((maps, *grid))
-    values = topo.morans_i(measures.smooth(noise, fwhm_mm, unit_distance_mm))
+    smoothed = partial(measures.smooth, fwhm_mm=fwhm_mm, unit_distance_mm=unit_distance_mm)
+    values = topo.noise_morans(*grid, maps, seed, readout=smoothed)
     return Floor(float(values.mean()), float(values.std()))
 
 
-def draw(maps: Mapping[str, np.ndarray], *, token: int = -1, title: str = "") -> "Picture":
+class Picture:
+    """A figure that a notebook shows."""
+
+    def __init__(self, figure: "Figure") -> None:
+        self.figure = figure
+
+    def savefig(self, path: str | Path, **more: Any) -> None:
+        """Write it to a file, as matplotlib does."""
+        self.figure.savefig(path, **more)
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.figure.savefig(png, format="png")
+        return png.getvalue()
+
+
+def draw(maps: Mapping[str, np.ndarray], *, token: int = -1, title: str = "") -> Picture:
     """A picture of every sheet: a notebook shows it, `.savefig(path)` keeps it.
 
     Args:
@@ -303,13 +319,18 @@ def draw(maps: Mapping[str, np.ndarray], *, token: int = -1, title: str = "") ->
 
     Raises:
         ImportError: matplotlib is missing (pip install 'topogpt[figures]').
-        ValueError: there is no map.
+        ValueError: there is no map, or they are of several shapes.
     """
-    from topogpt.analysis import pictures
-
     if not maps:
         raise ValueError("there is no map to draw")
-    return pictures.of_sheets({s: m[token] if m.ndim == 3 else m for s, m in maps.items()}, title)
+    chosen = {s: drawing.standardised(m[token] if m.ndim == 3 else m) for s, m in maps.items()}
+    if len({m.shape for m in chosen.values()}) > 1:
+        raise ValueError("the maps are of several shapes; draw those of one shape together")
+    try:
+        figure = drawing.draw_sheets([drawing.Maps("", chosen)], title, "standard deviations", drawing.LIMIT)
+    except ModuleNotFoundError:
+        raise ImportError("matplotlib is not installed; pip install 'topogpt[figures]'") from None
+    return Picture(figure)
 
 
 def as_list(texts: Text | Sequence[Text]) -> list[Text]:

@@ -25,12 +25,10 @@ NAMES_IN_SAFETENSORS = {
     "int32": "I32",
     "int16": "I16",
 }
-CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}  # logits at a time, as cross_entropy.py has them
+CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}  # logits at a time: 1 GB in fp32; 64 MB
 ADAMW_BYTES = 8  # two fp32 moments a parameter
-PER_PARAMETER_IN_PT, PER_PT = (
-    840,
-    2_000,
-)  # bytes that torch.save adds for three tensors a parameter; for a file
+PER_PARAMETER_IN_PT = 840  # bytes that torch.save adds for the three tensors of a parameter
+PER_PT = 2_000  # and for a file
 TOKENIZER_BYTES = 3_606_820  # GPT-2's tokenizer in the forms that transformers reads
 
 Shapes = dict[str, tuple[int, ...]]
@@ -154,7 +152,7 @@ class Cost:
 
     @property
     def n_sheets(self) -> int:
-        return 2 * self.cfg.model.n_layer
+        return len(self.positions)
 
     @property
     def n_neighbourhoods(self) -> int:
@@ -235,10 +233,7 @@ class Cost:
 
     @property
     def positions(self) -> Shapes:
-        branches = [
-            f"layer.{i}.{branch}" for i in range(self.cfg.model.n_layer) for branch in ("attn", "mlp")
-        ]
-        return {sheet: (self.cfg.model.n_embd, 2) for sheet in branches}
+        return {sheet: (self.cfg.model.n_embd, 2) for sheet in topo.sheet_names(self.cfg.model.n_layer)}
 
     def export_files(self, dtype: str = "float32") -> dict[str, int]:
         """Bytes of the tensors of an exported folder; its biases are always there, its padding rows apart."""

@@ -7,7 +7,7 @@ they exist for a chunk of tokens at a time, and their gradient is taken while th
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}  # logits at a time: 1 GB in fp32; 64 MB
+from topogpt.model.cost import CHUNK_ELEMENTS
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,19 +1,14 @@
 """Writing text with a model: one token after the other, with the keys and values of those before kept."""
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topogpt.settings import N_VOCAB
-
-if TYPE_CHECKING:
-    from topogpt.model.gpt import GPT
 
 
 @torch.no_grad()
 def generate(
-    model: "GPT",
+    model: nn.Module,  # a GPT
     tokens: Tensor,  # (B, T)
     max_new_tokens: int,
     *,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from topogpt.model.cross_entropy import linear_cross_entropy
 from topogpt.model.generate import Cache, LayerCache, generate
 from topogpt.settings import GPTConfig
+from topogpt.topo import sheet_names
 
 __all__ = ["GPT", "GPTConfig", "Output", "sheet_names"]
 
@@ -22,11 +23,6 @@ class Output(NamedTuple):
     logits: Tensor | None  # (B, T, vocab_size); (B, 1, vocab_size) with last_only; None without keep_logits
     loss: Tensor | None  # scalar: mean cross-entropy in nats over targets that are not -1
     activations: dict[str, Tensor]  # "layer.3.attn", "layer.3.mlp" -> (B, T, n_embd); empty unless asked for
-
-
-def sheet_names(n_layer: int) -> list[str]:
-    """Names of the activations in forward order; one sheet each."""
-    return [f"layer.{i}.{branch}" for i in range(n_layer) for branch in ("attn", "mlp")]
 
 
 class Attention(nn.Module):

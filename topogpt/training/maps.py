@@ -55,4 +55,4 @@ def draw(
         shown = {sheet: drawing.standardised(grids[map_index]) for sheet, grids in maps.items()}
         moran = float(np.mean(list(mean_morans_i(maps).values())))
         groups.append(drawing.Maps(label, shown, moran=moran))
-    drawing.save(drawing.draw_sheets(groups, title, "activation (sd of its sheet)", 2.5), path)
+    drawing.save(drawing.draw_sheets(groups, title, "activation (sd of its sheet)", drawing.LIMIT), path)
