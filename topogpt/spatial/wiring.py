@@ -5,8 +5,8 @@ connects. Its inputs lie on one sheet and its outputs on another, laid over each
 unit square, so that sizes may differ. Of a GPT's block these are mlp.c_fc, from the sheet of the stream
 (n_embd units) to that of the hidden units (4 * n_embd), and mlp.c_proj, back from there: give both as
 modules, "*.mlp.c_fc" and "*.mlp.c_proj". attn.c_attn puts out queries, keys and values, so three sheets and
-not one: leave it out. The sheets are row by row; with identity positions the outputs' sheet of mlp.c_proj is the one
-whose activations are shown.
+not one: leave it out. The sheets are row by row; with identity positions the outputs' sheet of mlp.c_proj is
+the one whose activations are shown.
 """
 
 import numpy as np
