@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from bench.common import Report, random_corpus
 from topogpt.errors import check_at_least
-from topogpt.settings import N_VOCAB, GPTConfig, OptimConfig, TopoConfig, TrainConfig
+from topogpt.settings import N_VOCAB, GPTConfig, TopoConfig, TrainConfig
 
 Section = Literal[
     "ceiling", "step", "checks", "syncs", "profile", "spatial", "cross_entropy", "attention", "optimizer",
@@ -49,16 +49,8 @@ class Bench:
             model = GPTConfig(n_layer=1, n_head=2, n_embd=36, block_size=32, vocab_size=128)
         topo = TopoConfig(radius=3, neighbourhoods=2) if cfg.tiny else TopoConfig()
         batch = 2 if cfg.tiny else cfg.per_device_batch_size
-        self.train = TrainConfig(
-            run_name="bench",
-            model=model,
-            topo=topo,
-            optim=OptimConfig(),
-            per_device_batch_size=batch,
-            batch_size=batch,
-            dtype="bfloat16",
-            compile="on",
-        )
+        size = {"per_device_batch_size": batch, "batch_size": batch, "dtype": "bfloat16"}
+        self.train = TrainConfig(run_name="bench", model=model, topo=topo, compile="on", **size)
         self.n_tokens = batch * model.block_size
 
     def seconds_left(self) -> float:

@@ -95,17 +95,9 @@ def show(cfg: PrepareBenchConfig, report: Report, costs: dict[str, list[Cost]], 
     for name, of in costs.items():
         middle[name] = Cost(*(summary(values).median for values in zip(*of, strict=True)))
         wall, cpu, memory, tokens = middle[name]
-        per_core = tokens / wall / cfg.num_proc
-        gb = f"{memory / 1e9:.2f}" if memory else "-"
-        row = [
-            name,
-            f"{tokens:,.0f}",
-            f"{wall:.2f}",
-            f"{cpu:.2f}",
-            f"{tokens / wall:,.0f}",
-            f"{per_core:,.0f}",
-        ]
-        rows.append([*row, f"{tokens / cpu:,.0f}", gb])
+        speeds = (tokens / wall, tokens / wall / cfg.num_proc, tokens / cpu)
+        row = [name, f"{tokens:,.0f}", f"{wall:.2f}", f"{cpu:.2f}", *(f"{speed:,.0f}" for speed in speeds)]
+        rows.append([*row, f"{memory / 1e9:.2f}" if memory else "-"])
     head = ["preparation", "tokens", "s", "CPU-s", "tokens/s", "tokens/s/core", "tokens/CPU-s", "peak GB"]
     report.table(head, rows)
     ours = middle["ours"]

@@ -273,14 +273,12 @@ def lesion_row(found: dict[str, Any], lesion: dict[str, Any]) -> list[Any]:
     none, random = found["no_lesion"], lesion["random"]
     at_random = random["cross_entropy_mean"] - none["cross_entropy"]
     return [
-        lesion["name"],
-        lesion["k"],
-        lesion["cross_entropy"],
+        lesion["name"], lesion["k"], lesion["cross_entropy"],
         Number(lesion["cross_entropy"] - none["cross_entropy"]),
         Number(at_random, spread=random["cross_entropy_sd"]),
         *(Number(lesion["conditions"][c] - none["conditions"][c]) for c in found["conditions"]),
         Number(lesion["contrast"]["significant_percent"], 1, " %"),
-    ]
+    ]  # fmt: skip
 
 
 def draw(found: Sequence[Result]) -> Iterator[Drawing]:

@@ -47,14 +47,10 @@ def save_topography(
     tensors = {sheet: np.ascontiguousarray(p, dtype=np.int32) for sheet, p in positions.items()}
     (folder / "topography.safetensors").write_bytes(save(tensors, metadata={"format": FORMAT}))
     facts = {
-        "format": FORMAT,
-        "grid": list(grid),
-        "unit_distance_mm": unit_distance_mm,
-        "positions": kind,
-        "seed": seed,
-        "sheets": list(positions),
+        "format": FORMAT, "grid": list(grid), "unit_distance_mm": unit_distance_mm, "positions": kind,
+        "seed": seed, "sheets": list(positions),
         "tensors": "topography.safetensors: sheet -> (units, 2), row and column of each unit on the grid",
-    }
+    }  # fmt: skip
     (folder / "topography.json").write_text(json.dumps(facts | more, indent=1) + "\n", encoding="utf-8")
 
 

@@ -19,12 +19,8 @@ from topogpt.settings import N_VOCAB, GPTConfig, TopoConfig, TrainConfig
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 NAMES_IN_SAFETENSORS = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "int32": "I32",
-    "int16": "I16",
-}
+    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int16": "I16",
+}  # fmt: skip
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}  # logits at a time: 1 GB in fp32; 64 MB
 ADAMW_BYTES = 8  # two fp32 moments a parameter
 PER_PARAMETER_IN_PT = 840  # bytes that torch.save adds for the three tensors of a parameter
