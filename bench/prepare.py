@@ -24,12 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.common import Report, summary
+from bench.common import ROOT, Report, environment, summary
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.text import sources, tokenizer
 
-ROOT = Path(__file__).parent.parent
 SAMPLE_SECONDS = 0.1  # between two readings of the memory
 WRITE_BATCHES = 64  # of the usual script's memory map
 
@@ -160,8 +159,7 @@ def run(cfg: PrepareBenchConfig, name: str) -> Cost:
         command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *common, "--out_dir", f"{out}/shards"]
         if name == "usual script":
             command = [sys.executable, "-m", "bench.prepare", *common, "--usual_into", out]
-        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_DATASETS_OFFLINE": "1"}
+        env = environment() | {"HF_DATASETS_OFFLINE": "1"}
         before, t0 = os.times(), time.perf_counter()
         with open(Path(out) / "log.txt", "wb") as log:
             process = subprocess.Popen(command, env=env, stdout=log, stderr=log)

@@ -215,27 +215,15 @@ def analyse(cfg: AblateConfig, subject: Subject) -> Outcome:
         k = int(lesion.units.sum())
         seen = bench.under(lesion.units, fill)
         draws = [random_units(lesion.among, k, cfg.seed, draw) for draw in range(cfg.random_draws)]
-        results.append(
-            {"name": lesion.name, "k": k}
-            | seen
-            | {"contrast_intact": strength(intact, ~lesion.units, cfg.alpha)}
-            | {"random": summary([bench.under(units, fill) for units in draws])}
-        )
+        seen |= {"contrast_intact": strength(intact, ~lesion.units, cfg.alpha)}
+        seen |= {"random": summary([bench.under(units, fill) for units in draws])}
+        results.append({"name": lesion.name, "k": k} | seen)
         arrays[f"lesioned.{lesion.name}"] = subject.on_grid(lesion.units).astype(np.uint8)
-    return Outcome(
-        protocol_of(cfg) | {"tokens_predicted": sum(len(row) - 1 for row in rows)},
-        {source.name: found.sha256} | data,
-        {
-            "what": what,
-            "conditions": list(cfg.conditions),
-            "n_units": intact.t.size,
-            "lesioned": "what a unit of a branch adds to the residual stream",
-            "post_residual": model.cfg.post_residual,
-            "no_lesion": none,
-            "lesions": results,
-        },
-        arrays,
-    )
+    protocol = protocol_of(cfg) | {"tokens_predicted": sum(len(row) - 1 for row in rows)}
+    said = {"what": what, "conditions": list(cfg.conditions), "n_units": intact.t.size}
+    said |= {"lesioned": "what a unit of a branch adds to the residual stream"}
+    said |= {"post_residual": model.cfg.post_residual, "no_lesion": none, "lesions": results}
+    return Outcome(protocol, {source.name: found.sha256} | data, said, arrays)
 
 
 # ---- what is shown -------------------------------------------------------------------------------
