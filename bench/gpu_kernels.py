@@ -8,18 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import variants
 from bench.common import interleaved, matmul_precision, relative_error
 from bench.gpu_bench import Bench
-from bench.variants import (
-    CANDIDATES,
-    CandidateLoss,
-    LoopLoss,
-    PaddedAttention,
-    attend,
-    draw_activations,
-    gradients,
-    spatial_errors,
-)
 from topogpt.distributed import Ranks
 from topogpt.model import cross_entropy as ours
 from topogpt.model.gpt import GPT, Attention, sheet_names
@@ -55,23 +46,23 @@ def spatial(bench: Bench) -> None:
     positions = sheet_positions(cfg, sheet_names(model.n_layer), model.n_embd)
     product = TopoLMLoss(cfg, positions).to(bench.device)
     losses: dict[str, nn.Module] = {"product": product}
-    losses |= {name: CandidateLoss(product, how) for name, how in CANDIDATES.items()}
-    loop = LoopLoss(cfg, positions).to(bench.device)
+    losses |= {name: variants.CandidateLoss(product, how) for name, how in variants.CANDIDATES.items()}
+    loop = variants.LoopLoss(cfg, positions).to(bench.device)
     chosen = product.choose(0, 0, 0)
 
     def draw(n_tokens: int) -> list[Tensor]:
-        return draw_activations(
+        return variants.draw_activations(
             2 * model.n_layer, n_tokens, model.n_embd, dtype=torch.bfloat16, device=bench.device
         )
 
     few = draw(64 if bench.tiny else 2048)
     checks = {}
     with matmul_precision("high"):  # as train.py: TF32 products are part of what is checked
-        for name, errors in spatial_errors(losses, loop, few, chosen).items():
+        for name, errors in variants.spatial_errors(losses, loop, few, chosen).items():
             checks[name] = bench.report.check(f"spatial, {name}", max(errors), BF16)
         leaves = draw(bench.n_tokens)
         losses["usual loop"] = loop
-        calls = {name: partial(gradients, loss, leaves, chosen) for name, loss in losses.items()}
+        calls = {name: partial(variants.gradients, loss, leaves, chosen) for name, loss in losses.items()}
         times = interleaved(calls, bench.device, repeats=bench.repeats, ahead=True, seconds=60)
     bench.report.compare("spatial", times, "usual loop", checks)
 
@@ -142,9 +133,9 @@ def attention(bench: Bench) -> None:
     x.requires_grad_()
     layers: dict[str, Callable] = {f"heads of {d}": layer}
     for width in head_widths(bench):
-        layers[f"padded to {width} in each pass"] = padded = PaddedAttention(layer, width)
-        stored = [p.detach().requires_grad_() for p in padded.padded_weights()]
-        layers[f"stored with {width}"] = partial(attend, qkv=stored[0], proj=stored[1], n_head=cfg.n_head)
+        layers[f"padded to {width} in each pass"] = padded = variants.PaddedAttention(layer, width)
+        qkv, proj = (p.detach().requires_grad_() for p in padded.padded_weights())
+        layers[f"stored with {width}"] = partial(variants.attend, qkv=qkv, proj=proj, n_head=cfg.n_head)
     for name in list(layers):
         layers[f"{name}, compiled"] = torch.compile(layers[name], backend=bench.backend, dynamic=False)
 

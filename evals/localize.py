@@ -168,7 +168,6 @@ def described(
 
 # ---- what is shown -------------------------------------------------------------------------------
 
-
 HELD_OUT = {
     "significant_again_percent": ("chosen on half of the items, significant on the other half", 1, " %"),
     "same_sign_percent": ("chosen on one half, sentences win on the other", 1, " %"),

@@ -180,7 +180,6 @@ def cluster_size(grids: np.ndarray, kind: Literal["largest", "mean"]) -> float:
 
 # ---- what is shown -------------------------------------------------------------------------------
 
-
 MORAN = (
     "Moran's I is the correlation of a map with itself one cell further, over the eight neighbours of "
     "every unit: 0 for no order, 1 for a perfectly smooth map. Smoothing raises it by itself, so it is "

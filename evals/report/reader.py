@@ -135,13 +135,9 @@ def activations(subject: Subject, tokens: np.ndarray, words: bool) -> Any:
     text = torch.from_numpy(np.concatenate([lead, tokens]).astype(np.int64)).to(device)
     with torch.inference_mode():
         named = subject.model(text[None], activations=True, last_only=True).activations
-        return torch.cat(
-            [
-                named[sheet][0, len(lead) :].float()[:, torch.from_numpy(topo.units_by_cell(p)).to(device)]
-                for sheet, p in subject.positions.items()
-            ],
-            dim=1,
-        )
+        order = {s: torch.from_numpy(topo.units_by_cell(p)) for s, p in subject.positions.items()}
+        shown = [named[s][0, len(lead) :].float()[:, cells.to(device)] for s, cells in order.items()]
+        return torch.cat(shown, dim=1)
 
 
 class Statistics(NamedTuple):

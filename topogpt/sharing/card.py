@@ -42,12 +42,8 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
     name = repo_id.rpartition("/")[2] if repo_id else cfg["run_name"]
     h, w = topo.grid_shape(model["n_embd"])
     n_vocab = min(model["vocab_size"], N_VOCAB)
-    words = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
+    words = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
     return words.get_template("card.md.jinja").render(
         front_matter=front_matter(name, data, value), name=name, repo_id=repo_id, has_picture=has_picture,
         cfg=cfg, model=model, sheets=cfg["topo"], h=h, w=w, n_sheets=len(loaded.positions),
