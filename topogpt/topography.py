@@ -99,13 +99,9 @@ def read_topography(tensors: Path, facts: Path) -> Topography:
         raise ValueError(f"{tensors} and {facts.name} cannot be read as a topography: {error}") from None
     order = {name: i for i, name in enumerate(said.get("sheets") or sorted(found, key=topo.sheet_order))}
     found = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
-    return Topography(
-        positions=found,
-        grid=topo.grid_shape(len(next(iter(found.values())))),
-        unit_distance_mm=float(said.get("unit_distance_mm", 1.0)),
-        kind=said.get("positions"),
-        seed=said.get("seed"),
-    )
+    grid = topo.grid_shape(len(next(iter(found.values()))))
+    distance = float(said.get("unit_distance_mm", 1.0))
+    return Topography(found, grid, distance, kind=said.get("positions"), seed=said.get("seed"))
 
 
 def download_topography(repo: str) -> Path:

@@ -233,14 +233,10 @@ def data(subjects: Sequence[Subject], texts: Texts, vocab_dir: str | None) -> di
     def words_of(tokens: np.ndarray) -> list[str]:
         return heldout.words_of(tokens, vocab_size, vocab_dir)
 
-    return {
-        "grid": list(subjects[0].grid),
-        "sheets": subjects[0].sheets,
-        "texts": [{"name": p.name, "words": words_of(p.tokens)} for p in texts.shown],
-        "sample": {
-            "words": [word for tokens in texts.sample for word in words_of(tokens)],
-            "ends": np.cumsum([len(tokens) for tokens in texts.sample]).tolist(),
-            "what": f"{n:,} tokens of {texts.source}",
-        },
-        "models": [data_of_model(subject, texts) for subject in subjects],
-    }
+    shown = [{"name": p.name, "words": words_of(p.tokens)} for p in texts.shown]
+    sample = {"words": [word for tokens in texts.sample for word in words_of(tokens)]}
+    sample |= {"ends": np.cumsum([len(tokens) for tokens in texts.sample]).tolist()}
+    sample |= {"what": f"{n:,} tokens of {texts.source}"}
+    models = [data_of_model(subject, texts) for subject in subjects]
+    found = {"grid": list(subjects[0].grid), "sheets": subjects[0].sheets}
+    return found | {"texts": shown, "sample": sample, "models": models}

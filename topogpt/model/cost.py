@@ -33,13 +33,8 @@ Shapes = dict[str, tuple[int, ...]]
 def weight_shapes(cfg: GPTConfig) -> Shapes:
     """Shape of every weight by its name, the tied head once, as transformer.wte.weight."""
     c = cfg.n_embd
-    linear = {
-        "attn.c_attn": (3 * c, c),
-        "attn.c_proj": (c, c),
-        "mlp.c_fc": (4 * c, c),
-        "mlp.c_proj": (c, 4 * c),
-    }
-    block = {"ln_1": (c,), "ln_2": (c,)} | linear
+    block = {"ln_1": (c,), "ln_2": (c,), "attn.c_attn": (3 * c, c), "attn.c_proj": (c, c)}
+    block |= {"mlp.c_fc": (4 * c, c), "mlp.c_proj": (c, 4 * c)}
     modules = {f"h.{i}.{name}": shape for i in range(cfg.n_layer) for name, shape in block.items()}
     found: Shapes = {"wte.weight": (cfg.vocab_size, c), "wpe.weight": (cfg.block_size, c)}
     for name, shape in (modules | {"ln_f": (c,)}).items():
@@ -80,9 +75,8 @@ class Cost:
 
     @property
     def dtype(self) -> str:
-        return (
-            {"cuda": "bfloat16"}.get(self.device, "float32") if self.cfg.dtype == "auto" else self.cfg.dtype
-        )
+        usual = "bfloat16" if self.device == "cuda" else "float32"
+        return usual if self.cfg.dtype == "auto" else self.cfg.dtype
 
     # ---- parameters and FLOPs
 

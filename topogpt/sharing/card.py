@@ -73,17 +73,12 @@ def front_matter(name: str, data: Data, value: dict[str, Any] | None) -> str:
             )
             if math.isfinite(number)
         ]
-    card = ModelCardData(
-        language="en" if data.repo in LICENCES else None,
-        license="unknown",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2", "topography", "cortex", "topogpt"],
-        datasets=[data.repo] if data.repo else None,
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
-    return card.to_yaml()
+    said = {"language": "en" if data.repo in LICENCES else None, "license": "unknown"}
+    said |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    said |= {"tags": ["gpt2", "topography", "cortex", "topogpt"]}
+    said |= {"datasets": [data.repo] if data.repo else None}
+    said |= {"model_name": name, "eval_results": results} if results else {}
+    return ModelCardData(**said).to_yaml()
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
