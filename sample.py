@@ -24,15 +24,10 @@ def main(argv: list[str]) -> None:
     generator = torch.Generator(device).manual_seed(cfg.seed)
     for i in range(cfg.n_samples):
         tokens = model.generate(
-            torch.from_numpy(start)[None].to(device),
-            cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            n_vocab=min(words.n_vocab, model.cfg.vocab_size),
-            stop=words.eot,
-            generator=generator,
-        )[0, 1:].tolist()
+            torch.from_numpy(start)[None].to(device), cfg.max_new_tokens, temperature=cfg.temperature,
+            top_k=cfg.top_k, top_p=cfg.top_p, n_vocab=min(words.n_vocab, model.cfg.vocab_size),
+            stop=words.eot, generator=generator,
+        )[0, 1:].tolist()  # fmt: skip
         if i:
             print("-" * 80)
         print(words.decode([t for t in tokens if t != words.eot]))

@@ -53,9 +53,8 @@ def main(argv: list[str]) -> None:
     cfg = parse(MapConfig, argv, prog="topo.py")
     found = find(cfg.run, cfg.checkpoint)
     if cfg.draw and not found.is_run:
-        raise UserError(
-            f"draw: {cfg.run} is no run, and only a run keeps its maps as arrays; leave out --draw"
-        )
+        problem = "is no run, and only a run keeps its maps as arrays; leave out --draw"
+        raise UserError(f"draw: {cfg.run} {problem}")
     show_run(found)
     say()
     floor = noise_floor(*grid_of(found))
@@ -97,8 +96,8 @@ def find_run(run: Path, checkpoint: str) -> Found:
     if not records:
         raise UserError(f"run {run} has no evaluation yet; wait for its first one")
     folder, chosen, named = choose(run, checkpoint, records)
-    known = topography_of(folder) if folder is not None else topography_of(run)
-    settings, maps = read_settings(run / "config.yaml"), read_maps(run, chosen["step"])
+    known, settings = topography_of(folder or run), read_settings(run / "config.yaml")
+    maps = read_maps(run, chosen["step"])
     return Found(run, True, settings, known, records, chosen, named, maps)
 
 

@@ -9,8 +9,11 @@ exit code 1.
 
 import contextlib
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +21,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from topogpt.settings import N_VOCAB, TrainConfig
 from topogpt.terminal import table
-from topogpt.text.loader import Corpus
+from topogpt.text.loader import Corpus, MicroBatch, Share, TokenLoader, open_corpus
 from topogpt.text.shards import HEADER_BYTES, Shard, header
 
 if TYPE_CHECKING:  # --help and mistakes answer at once
     import torch
     from torch import Tensor
 
+ROOT = Path(__file__).parent.parent
 AHEAD_CYCLES = 80_000_000  # of the GPU, about 40 ms: so long the host may queue work before the clock starts
 
 
@@ -35,6 +40,36 @@ class Times(NamedTuple):
     median: float
     low: float
     high: float
+
+
+# ---- the machine, and processes of their own ------------------------------------------------------
+
+
+def start(device: str, threads: int | None = None) -> "torch.device":
+    """The device of a flag, set up as train.py does."""
+    import torch
+
+    from topogpt.distributed import keep_freed_memory, pick_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    if (picked := torch.device(pick_device(device))).type == "cpu":
+        keep_freed_memory()
+    return picked
+
+
+def environment() -> dict[str, str]:
+    """For processes that find these files from any folder."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def said_by(module: str, argv: Sequence[str], what: str) -> Any:
+    """The JSON in the last line that a new process prints."""
+    command = [sys.executable, "-m", module, *argv]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring {what} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -230,6 +265,21 @@ def random_corpus(folder: Path, n_tokens: int, n_vocab: int) -> Corpus:
     tokens = np.random.default_rng(0).integers(0, min(n_vocab, 1 << 16), n_tokens, dtype=np.uint16)
     path.write_bytes(header(n_tokens) + tokens.astype("<u2").tobytes())
     return Corpus([Shard(path, n_tokens, HEADER_BYTES, "")])
+
+
+def training_steps(
+    cfg: TrainConfig, device: "torch.device", stack: contextlib.ExitStack
+) -> Iterator[list[MicroBatch]]:
+    """Micro-batches of each step of a run, from train.py's loader; random tokens without train_data_dir."""
+    vocab, block = cfg.model.vocab_size, cfg.model.block_size
+    if cfg.train_data_dir:
+        corpus = open_corpus(cfg.train_data_dir, key="train_data_dir", vocab_size=vocab)
+    else:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        corpus = random_corpus(folder, 8 * cfg.batch_size * block + 1, min(vocab, N_VOCAB))
+    size = {"batch_size": cfg.batch_size, "per_device_batch_size": cfg.per_device_batch_size}
+    loader = TokenLoader(corpus, block_size=block, **size, seed=cfg.seed, ranks=Share(device=device))
+    return stack.enter_context(loader).steps(0)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from bench.common import Report, device_label
+from bench.common import Report, device_label, start
 from bench.gpu_bench import Bench, GpuConfig
 from topogpt.config import parse
 from topogpt.errors import run_main
@@ -33,9 +33,8 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench import gpu_kernels, gpu_steps
-    from topogpt.distributed import pick_device
 
-    device = torch.device(pick_device(cfg.device))
+    device = start(cfg.device)
     report = Report(as_json=cfg.json, device=device_label(device))
     report.say(f"{report.device}; limit {cfg.time_limit} s")
     failures: list[str] = []

@@ -1,16 +1,14 @@
 """What the sections of bench.gpu share: the settings, and what is made once from them."""
 
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, get_args
 
-from bench.common import Report, random_corpus
+from bench.common import Report, training_steps
 from topogpt.errors import check_at_least
-from topogpt.settings import N_VOCAB, GPTConfig, OptimConfig, TopoConfig, TrainConfig
+from topogpt.settings import GPTConfig, TopoConfig, TrainConfig
 
 Section = Literal[
     "ceiling", "step", "checks", "syncs", "profile", "spatial", "cross_entropy", "attention", "optimizer",
@@ -49,16 +47,9 @@ class Bench:
             model = GPTConfig(n_layer=1, n_head=2, n_embd=36, block_size=32, vocab_size=128)
         topo = TopoConfig(radius=3, neighbourhoods=2) if cfg.tiny else TopoConfig()
         batch = 2 if cfg.tiny else cfg.per_device_batch_size
-        self.train = TrainConfig(
-            run_name="bench",
-            model=model,
-            topo=topo,
-            optim=OptimConfig(),
-            per_device_batch_size=batch,
-            batch_size=batch,
-            dtype="bfloat16",
-            compile="on",
-        )
+        data = {"per_device_batch_size": batch, "batch_size": batch, "train_data_dir": cfg.train_data_dir}
+        how = {"dtype": "bfloat16", "compile": "on", "seed": 0}
+        self.train = TrainConfig(run_name="bench", model=model, topo=topo, **data, **how)
         self.n_tokens = batch * model.block_size
 
     def seconds_left(self) -> float:
@@ -66,18 +57,7 @@ class Bench:
 
     def steps(self, train: TrainConfig | None = None) -> Iterator:
         """Micro-batches of each step of a run, from train.py's loader."""
-        from topogpt.text.loader import Share, TokenLoader, open_corpus
-
-        train = train or self.train
-        vocab, block = train.model.vocab_size, train.model.block_size
-        if self.cfg.train_data_dir:
-            corpus = open_corpus(self.cfg.train_data_dir, key="train_data_dir", vocab_size=vocab)
-        else:
-            folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-            corpus = random_corpus(folder, 8 * train.batch_size * block + 1, min(vocab, N_VOCAB))
-        size = {"batch_size": train.batch_size, "per_device_batch_size": train.per_device_batch_size}
-        loader = TokenLoader(corpus, block_size=block, **size, seed=0, ranks=Share(device=self.device))
-        return self.stack.enter_context(loader).steps(0)
+        return training_steps(train or self.train, self.device, self.stack)
 
     def trainer(self, name: str):
         """One of training.SETUPS, kept for later sections."""

@@ -8,18 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import variants
 from bench.common import interleaved, matmul_precision, relative_error
 from bench.gpu_bench import Bench
-from bench.variants import (
-    CANDIDATES,
-    CandidateLoss,
-    LoopLoss,
-    PaddedAttention,
-    attend,
-    draw_activations,
-    gradients,
-    spatial_errors,
-)
 from topogpt.distributed import Ranks
 from topogpt.model import cross_entropy as ours
 from topogpt.model.gpt import GPT, Attention, sheet_names
@@ -43,13 +34,8 @@ def ceiling(bench: Bench) -> None:
     flops = 2 * n**3 / times["matmul"].median * 1e3
     bandwidth = 2 * source.numel() * source.element_size() / times["copy"].median * 1e3
     peak = Ranks(0, 1, bench.device).peak_flops
-    bench.report.record(
-        f"matmul {n}^3 bf16, against the data sheet",
-        flops / 1e12,
-        peak / 1e12 if peak else None,
-        "TFLOP/s",
-        more_is_better=True,
-    )
+    sheet, title = peak / 1e12 if peak else None, f"matmul {n}^3 bf16, against the data sheet"
+    bench.report.record(title, flops / 1e12, sheet, "TFLOP/s", more_is_better=True)
     bench.report.record("copy, bytes read and written", bandwidth / 1e12, None, "TB/s", more_is_better=True)
     bench.report.say(f"matmul {n}^3 bf16: {flops / 1e12:.1f} TFLOP/s; copy: {bandwidth / 1e12:.2f} TB/s")
 
@@ -60,23 +46,23 @@ def spatial(bench: Bench) -> None:
     positions = sheet_positions(cfg, sheet_names(model.n_layer), model.n_embd)
     product = TopoLMLoss(cfg, positions).to(bench.device)
     losses: dict[str, nn.Module] = {"product": product}
-    losses |= {name: CandidateLoss(product, how) for name, how in CANDIDATES.items()}
-    loop = LoopLoss(cfg, positions).to(bench.device)
+    losses |= {name: variants.CandidateLoss(product, how) for name, how in variants.CANDIDATES.items()}
+    loop = variants.LoopLoss(cfg, positions).to(bench.device)
     chosen = product.choose(0, 0, 0)
 
     def draw(n_tokens: int) -> list[Tensor]:
-        return draw_activations(
+        return variants.draw_activations(
             2 * model.n_layer, n_tokens, model.n_embd, dtype=torch.bfloat16, device=bench.device
         )
 
     few = draw(64 if bench.tiny else 2048)
     checks = {}
     with matmul_precision("high"):  # as train.py: TF32 products are part of what is checked
-        for name, errors in spatial_errors(losses, loop, few, chosen).items():
+        for name, errors in variants.spatial_errors(losses, loop, few, chosen).items():
             checks[name] = bench.report.check(f"spatial, {name}", max(errors), BF16)
         leaves = draw(bench.n_tokens)
         losses["usual loop"] = loop
-        calls = {name: partial(gradients, loss, leaves, chosen) for name, loss in losses.items()}
+        calls = {name: partial(variants.gradients, loss, leaves, chosen) for name, loss in losses.items()}
         times = interleaved(calls, bench.device, repeats=bench.repeats, ahead=True, seconds=60)
     bench.report.compare("spatial", times, "usual loop", checks)
 
@@ -145,12 +131,11 @@ def attention(bench: Bench) -> None:
     layer = Attention(cfg).to(bench.device)
     x = torch.randn(bench.train.per_device_batch_size, cfg.block_size, cfg.n_embd, device=bench.device)
     x.requires_grad_()
-    widths = sorted({-(-d // 8) * 8, -(-d // 64) * 64})
     layers: dict[str, Callable] = {f"heads of {d}": layer}
-    for width in widths:
-        layers[f"padded to {width} in each pass"] = padded = PaddedAttention(layer, width)
-        stored = [p.detach().requires_grad_() for p in padded.padded_weights()]
-        layers[f"stored with {width}"] = partial(attend, qkv=stored[0], proj=stored[1], n_head=cfg.n_head)
+    for width in head_widths(bench):
+        layers[f"padded to {width} in each pass"] = padded = variants.PaddedAttention(layer, width)
+        qkv, proj = (p.detach().requires_grad_() for p in padded.padded_weights())
+        layers[f"stored with {width}"] = partial(variants.attend, qkv=qkv, proj=proj, n_head=cfg.n_head)
     for name in list(layers):
         layers[f"{name}, compiled"] = torch.compile(layers[name], backend=bench.backend, dynamic=False)
 
@@ -171,6 +156,12 @@ def attention(bench: Bench) -> None:
     calls = {name: partial(run, call, x) for name, call in layers.items()}
     times = interleaved(calls, bench.device, repeats=bench.repeats, ahead=True, seconds=40)
     bench.report.compare("attention", times, f"heads of {d}", checks)
+
+
+def head_widths(bench: Bench) -> list[int]:
+    """What heads may be padded to: multiples of 8 and of 64."""
+    d = bench.train.model.n_embd // bench.train.model.n_head
+    return sorted({-(-d // 8) * 8, -(-d // 64) * 64})
 
 
 def optimizer(bench: Bench) -> None:

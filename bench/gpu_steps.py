@@ -8,7 +8,7 @@ import torch
 
 from bench.common import interleaved, matmul_precision, milliseconds, relative_error, summary
 from bench.gpu_bench import Bench
-from bench.gpu_kernels import BF16, peak_of
+from bench.gpu_kernels import BF16, head_widths, peak_of
 from bench.training import SETUPS, Setup, Trainer
 from bench.variants import CANDIDATES
 from topogpt.distributed import Ranks
@@ -87,11 +87,6 @@ def checks(bench: Bench) -> None:
     bench.report.table(["step in bf16", "cross-entropy", "spatial loss", "gradient"], rows)
 
 
-def head_widths(bench: Bench) -> list[int]:
-    d = bench.train.model.n_embd // bench.train.model.n_head
-    return sorted({-(-d // 8) * 8, -(-d // 64) * 64})
-
-
 def flat_gradient(trainer: Trainer, batch, eager: bool = False) -> tuple[torch.Tensor, ...]:
     """Cross-entropy, spatial loss per sheet, and the gradient of their weighted sum as one vector."""
     ce, spatial = trainer.losses(batch, eager=eager)
@@ -102,12 +97,9 @@ def flat_gradient(trainer: Trainer, batch, eager: bool = False) -> tuple[torch.T
 
 
 def compare(bench: Bench, name: str, got: tuple, expected: tuple) -> list[str]:
-    cells = []
-    for what, a, b, tolerance in zip(
-        ("cross-entropy", "spatial loss", "gradient"), got, expected, (BF16, BF16, GRADIENT), strict=True
-    ):
-        cells.append(bench.report.check(f"{name}: {what}", relative_error(a, b), tolerance))
-    return cells
+    limits = {"cross-entropy": BF16, "spatial loss": BF16, "gradient": GRADIENT}
+    parts = zip(limits.items(), got, expected, strict=True)
+    return [bench.report.check(f"{name}: {k}", relative_error(a, b), limit) for (k, limit), a, b in parts]
 
 
 def syncs(bench: Bench) -> None:

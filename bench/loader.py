@@ -9,7 +9,6 @@ the same windows only when asked for. Cold is a new process, after the kernel wa
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bench.common import Report, device_label, random_corpus, summary, synchronize
+from bench.common import Report, device_label, random_corpus, said_by, start, summary, synchronize
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.settings import N_VOCAB
@@ -60,19 +59,12 @@ def main(argv: list[str]) -> None:
     cfg = parse(LoaderConfig, argv, prog="python -m bench.loader")
     import torch
 
-    from topogpt.distributed import pick_device
-
-    device = torch.device(pick_device(cfg.device))
+    device = start(cfg.device)
     torch.zeros(1, device=device)  # start the device before the clock
     with ExitStack() as stack:
         if cfg.train_data_dir:
-            corpus = open_corpus(
-                cfg.train_data_dir,
-                key="train_data_dir",
-                vocab_size=1 << 16,
-                verify=False,
-                log=sys.stderr.write,
-            )
+            options = {"vocab_size": 1 << 16, "verify": False, "log": sys.stderr.write}
+            corpus = open_corpus(cfg.train_data_dir, key="train_data_dir", **options)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             corpus = random_corpus(folder, cfg.random_tokens, N_VOCAB)
@@ -85,8 +77,10 @@ def main(argv: list[str]) -> None:
             f"tokens/s ({cfg.step_ms:.1f} ms), {corpus.n_tokens:,} tokens in {len(corpus.shards)} shard(s); "
             f"{report.device}"
         )
+        files = [str(shard.path) for shard in corpus.shards]
+        again = [*argv, "--cold", "--train_data_dir", *files]
         measured = {
-            "cold": in_process(argv, corpus),
+            "cold": said_by("bench.loader", again, "with a cold cache"),
             "warm": waits(cfg, corpus, device, ahead=True),
             "warm, read when asked for": waits(cfg, corpus, device, ahead=False),
         }
@@ -94,16 +88,11 @@ def main(argv: list[str]) -> None:
     for name, (first, *rest) in measured.items():
         wait = summary(rest)
         share, worst = wait.median / cfg.step_ms, wait.high / cfg.step_ms
-        rows.append(
-            [name, f"{first:.2f}", f"{wait.median:.3f}", f"{wait.high:.3f}", f"{share:.3%}", f"{worst:.2%}"]
-        )
+        times = [f"{first:.2f}", f"{wait.median:.3f}", f"{wait.high:.3f}"]
+        rows.append([name, *times, f"{share:.3%}", f"{worst:.2%}"])
         if "asked" not in name:
-            detail = {
-                "share_of_step": share,
-                "first_ms": first,
-                "largest_ms": wait.high,
-                "step_ms": cfg.step_ms,
-            }
+            detail = {"share_of_step": share, "first_ms": first, "largest_ms": wait.high}
+            detail |= {"step_ms": cfg.step_ms}
             report.record(f"data wait, {name}", max(wait.median, LEAST), usual, "ms/step", **detail)
     report.table(["data wait", "first, ms", "median, ms", "largest, ms", "share of step", "largest"], rows)
     report.finish()
@@ -136,18 +125,6 @@ def forgotten(corpus: Corpus) -> Corpus:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return Corpus(shards)
-
-
-def in_process(argv: list[str], corpus: Corpus) -> list[float]:
-    """`waits` of a new process with a cold cache, on the same files."""
-    files = [str(shard.path) for shard in corpus.shards]
-    command = [sys.executable, "-m", "bench.loader", *argv, "--cold", "--train_data_dir", *files]
-    path = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring with a cold cache failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -24,12 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.common import Report, summary
+from bench.common import ROOT, Report, environment, summary
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.text import sources, tokenizer
 
-ROOT = Path(__file__).parent.parent
 SAMPLE_SECONDS = 0.1  # between two readings of the memory
 WRITE_BATCHES = 64  # of the usual script's memory map
 
@@ -95,17 +94,9 @@ def show(cfg: PrepareBenchConfig, report: Report, costs: dict[str, list[Cost]], 
     for name, of in costs.items():
         middle[name] = Cost(*(summary(values).median for values in zip(*of, strict=True)))
         wall, cpu, memory, tokens = middle[name]
-        per_core = tokens / wall / cfg.num_proc
-        gb = f"{memory / 1e9:.2f}" if memory else "-"
-        row = [
-            name,
-            f"{tokens:,.0f}",
-            f"{wall:.2f}",
-            f"{cpu:.2f}",
-            f"{tokens / wall:,.0f}",
-            f"{per_core:,.0f}",
-        ]
-        rows.append([*row, f"{tokens / cpu:,.0f}", gb])
+        speeds = (tokens / wall, tokens / wall / cfg.num_proc, tokens / cpu)
+        row = [name, f"{tokens:,.0f}", f"{wall:.2f}", f"{cpu:.2f}", *(f"{speed:,.0f}" for speed in speeds)]
+        rows.append([*row, f"{memory / 1e9:.2f}" if memory else "-"])
     head = ["preparation", "tokens", "s", "CPU-s", "tokens/s", "tokens/s/core", "tokens/CPU-s", "peak GB"]
     report.table(head, rows)
     ours = middle["ours"]
@@ -168,8 +159,7 @@ def run(cfg: PrepareBenchConfig, name: str) -> Cost:
         command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *common, "--out_dir", f"{out}/shards"]
         if name == "usual script":
             command = [sys.executable, "-m", "bench.prepare", *common, "--usual_into", out]
-        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_DATASETS_OFFLINE": "1"}
+        env = environment() | {"HF_DATASETS_OFFLINE": "1"}
         before, t0 = os.times(), time.perf_counter()
         with open(Path(out) / "log.txt", "wb") as log:
             process = subprocess.Popen(command, env=env, stdout=log, stderr=log)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from bench.common import Report, device_label, interleaved, matmul_precision
+from bench.common import Report, device_label, interleaved, matmul_precision, start
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.settings import TopoConfig
@@ -49,15 +49,10 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench.variants import LoopLoss, draw_activations, gradients, spatial_errors
-    from topogpt.distributed import keep_freed_memory, pick_device
     from topogpt.spatial.layout import sheet_positions
     from topogpt.spatial.topolm import TopoLMLoss
 
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device = torch.device(pick_device(cfg.device))
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
+    device = start(cfg.device, cfg.threads)
     report = Report(as_json=cfg.json, device=device_label(device))
     topo_cfg = TopoConfig(radius=cfg.radius, neighbourhoods=cfg.neighbourhoods)
     names = [f"sheet.{i}" for i in range(cfg.sheets)]
@@ -78,12 +73,9 @@ def main(argv: list[str]) -> None:
             error = max(spatial_errors({"ours": ours}, loop, few, chosen)["ours"])
         check = report.check(f"spatial loss, {dtype}", error, TOLERANCE[dtype])
         with matmul_precision("high"):  # as train.py
-            calls = {
-                "ours": partial(gradients, ours, leaves, chosen),
-                "loop": partial(gradients, loop, leaves, chosen),
-            }
-            times = interleaved(calls, device, repeats=cfg.repeats)
-        t, t_loop = times["ours"], times["loop"]
+            calls = {"ours": ours, "loop": loop}
+            calls = {name: partial(gradients, loss, leaves, chosen) for name, loss in calls.items()}
+            t, t_loop = interleaved(calls, device, repeats=cfg.repeats).values()
         detail = {"dtype": dtype, "tokens": cfg.tokens, "sheets": cfg.sheets, "error": check}
         ratio = report.record(f"spatial loss, {dtype}", t.median, t_loop.median, "ms", **detail)
         row = [dtype]

@@ -8,23 +8,17 @@ stores the logits, goes over neighbourhoods one by one, uses AdamW without fusio
 """
 
 import contextlib
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.common import Marks, Report, device_label, milliseconds, random_corpus, summary
+from bench.common import Marks, Report, device_label, milliseconds, said_by, start, summary, training_steps
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.settings import TrainConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from bench.training import Trainer
     from topogpt.text.loader import MicroBatch
 
@@ -63,15 +57,12 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench.training import SETUPS, Trainer
-    from topogpt.distributed import Ranks, keep_freed_memory, pick_device
+    from topogpt.distributed import Ranks
 
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device = torch.device(pick_device(cfg.device))
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
+    device = start(cfg.device, cfg.threads)
     ranks = Ranks(0, 1, device)
-    with data(cfg, device) as steps:
+    with contextlib.ExitStack() as stack:
+        steps = training_steps(cfg, device, stack)
         if cfg.memory_of:
             print(peak_memory(Trainer(cfg, SETUPS[cfg.memory_of], device), steps, ranks))
             return
@@ -83,7 +74,7 @@ def main(argv: list[str]) -> None:
             if cfg.memory and device.type == "cuda":
                 memory[name] = peak_memory(trainers[name], steps, ranks) - before
             elif cfg.memory:
-                memory[name] = memory_in_process(argv, name)
+                memory[name] = said_by("bench.step", [*argv, "--memory_of", name], f"the memory of {name}")
         n_tokens = cfg.batch_size * cfg.model.block_size
         report.say(
             f"optimiser step: {trainers['control'].model.n_parameters():,} parameters, {n_tokens:,} tokens a "
@@ -129,24 +120,6 @@ def say_share(report: Report, times: dict[str, list[float]], compiled: bool) -> 
     )
 
 
-@contextlib.contextmanager
-def data(cfg: StepConfig, device: "torch.device") -> Iterator[Iterator[list["MicroBatch"]]]:
-    """Micro-batches of each step, through the loader of train.py."""
-    from topogpt.text.loader import Share, TokenLoader, open_corpus
-
-    with contextlib.ExitStack() as stack:
-        if cfg.train_data_dir:
-            corpus = open_corpus(cfg.train_data_dir, key="train_data_dir", vocab_size=cfg.model.vocab_size)
-        else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            n_tokens = 4 * cfg.batch_size * cfg.model.block_size + 1
-            corpus = random_corpus(folder, n_tokens, cfg.model.vocab_size)
-        options = {"batch_size": cfg.batch_size, "per_device_batch_size": cfg.per_device_batch_size}
-        options |= {"block_size": cfg.model.block_size, "seed": cfg.seed, "ranks": Share(device=device)}
-        loader = stack.enter_context(TokenLoader(corpus, **options))
-        yield loader.steps(0)
-
-
 def measure(
     cfg: StepConfig, trainers: dict[str, "Trainer"], steps: Iterator[list["MicroBatch"]]
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
@@ -182,17 +155,6 @@ def peak_memory(trainer: "Trainer", steps: Iterator[list["MicroBatch"]], ranks) 
     if ranks.device.type != "cuda" and status.exists():
         return 1024.0 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return ranks.peak_memory()
-
-
-def memory_in_process(argv: list[str], name: str) -> float:
-    """Peak memory of a process that takes steps of this variant alone."""
-    command = [sys.executable, "-m", "bench.step", *argv, "--memory_of", name]
-    path = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

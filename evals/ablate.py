@@ -215,27 +215,15 @@ def analyse(cfg: AblateConfig, subject: Subject) -> Outcome:
         k = int(lesion.units.sum())
         seen = bench.under(lesion.units, fill)
         draws = [random_units(lesion.among, k, cfg.seed, draw) for draw in range(cfg.random_draws)]
-        results.append(
-            {"name": lesion.name, "k": k}
-            | seen
-            | {"contrast_intact": strength(intact, ~lesion.units, cfg.alpha)}
-            | {"random": summary([bench.under(units, fill) for units in draws])}
-        )
+        seen |= {"contrast_intact": strength(intact, ~lesion.units, cfg.alpha)}
+        seen |= {"random": summary([bench.under(units, fill) for units in draws])}
+        results.append({"name": lesion.name, "k": k} | seen)
         arrays[f"lesioned.{lesion.name}"] = subject.on_grid(lesion.units).astype(np.uint8)
-    return Outcome(
-        protocol_of(cfg) | {"tokens_predicted": sum(len(row) - 1 for row in rows)},
-        {source.name: found.sha256} | data,
-        {
-            "what": what,
-            "conditions": list(cfg.conditions),
-            "n_units": intact.t.size,
-            "lesioned": "what a unit of a branch adds to the residual stream",
-            "post_residual": model.cfg.post_residual,
-            "no_lesion": none,
-            "lesions": results,
-        },
-        arrays,
-    )
+    protocol = protocol_of(cfg) | {"tokens_predicted": sum(len(row) - 1 for row in rows)}
+    said = {"what": what, "conditions": list(cfg.conditions), "n_units": intact.t.size}
+    said |= {"lesioned": "what a unit of a branch adds to the residual stream"}
+    said |= {"post_residual": model.cfg.post_residual, "no_lesion": none, "lesions": results}
+    return Outcome(protocol, {source.name: found.sha256} | data, said, arrays)
 
 
 # ---- what is shown -------------------------------------------------------------------------------
@@ -273,14 +261,12 @@ def lesion_row(found: dict[str, Any], lesion: dict[str, Any]) -> list[Any]:
     none, random = found["no_lesion"], lesion["random"]
     at_random = random["cross_entropy_mean"] - none["cross_entropy"]
     return [
-        lesion["name"],
-        lesion["k"],
-        lesion["cross_entropy"],
+        lesion["name"], lesion["k"], lesion["cross_entropy"],
         Number(lesion["cross_entropy"] - none["cross_entropy"]),
         Number(at_random, spread=random["cross_entropy_sd"]),
         *(Number(lesion["conditions"][c] - none["conditions"][c]) for c in found["conditions"]),
         Number(lesion["contrast"]["significant_percent"], 1, " %"),
-    ]
+    ]  # fmt: skip
 
 
 def draw(found: Sequence[Result]) -> Iterator[Drawing]:

@@ -43,11 +43,8 @@ def analyse(cfg: ActivationsConfig, subject: Subject) -> Outcome:
     patterns = of_stimuli(cfg, subject, found)
     arrays = {sheet: stored(x, cfg.dtype) for sheet, x in patterns.items()}
     arrays |= {f"positions.{sheet}": p.astype(np.int32) for sheet, p in subject.positions.items()}
-    results: dict[str, Any] = {
-        "n_items": len(found.items),
-        "items": found.items,
-        "conditions": found.conditions,
-    }
+    results: dict[str, Any] = {"n_items": len(found.items), "items": found.items}
+    results["conditions"] = found.conditions
     results["mean_magnitude"] = {sheet: float(np.abs(x).mean()) for sheet, x in patterns.items()}
     return Outcome(protocol_of(cfg), {path.name: found.sha256}, results, arrays)
 

@@ -118,10 +118,8 @@ def analyse(cfg: ContrastsConfig, subject: Subject) -> Outcome:
     asked = [contrast_of(cfg)] if cfg.stimuli else published_contrasts(Path(cfg.stimuli_dir))
     for c in asked:
         stimuli.check_groups(c.source, c.source.where(c.first), c.source.where(c.second), c.what)
-    patterns = {
-        source: subject.on_grid(of_stimuli(cfg, subject, found))
-        for source, found in {c.source.source: c.source for c in asked}.items()
-    }
+    sources = {c.source.source: c.source for c in asked}
+    patterns = {name: subject.on_grid(of_stimuli(cfg, subject, found)) for name, found in sources.items()}
     results, arrays = {}, {}
     for c in asked:
         a, b = (patterns[c.source.source][:, c.source.where(side)] for side in (c.first, c.second))
@@ -140,7 +138,7 @@ def analyse(cfg: ContrastsConfig, subject: Subject) -> Outcome:
             "moran": moran,
             "published": PUBLISHED[c.name]._asdict() if c.name in PUBLISHED and not cfg.stimuli else None,
         }
-    data = {c.source.source: c.source.sha256 for c in asked}
+    data = {name: found.sha256 for name, found in sources.items()}
     summary = {
         f"Moran's I of {found['what']}, {width(fwhm)}": moran["mean"]
         for found in results.values()
@@ -167,6 +165,7 @@ def section(found: Sequence[Result]) -> Section:
             row += [published(first, who, fwhm) for who in ("topo", "control")]
             rows.append(row + [Number(c and c["significant_percent"][fwhm], 1, " %") for c in both])
     head = ["readout", *labels(found, ": I"), "floor", "TopoLM", "its control"]
+    title = "Moran's I of t-maps, mean over sheets, and share of significant units"
     own = found[0].content["analysis"].partition("-")[2]
     return Section(
         f"Contrasts: {own}" if own else "Contrasts",
@@ -177,11 +176,7 @@ def section(found: Sequence[Result]) -> Section:
             "the same way. Significant: share of units whose p survives the false discovery rate over all "
             "units of all sheets. TopoLM and its control: from its released files (Rathi et al. 2025), "
             "whose values without smoothing are most likely of a readout of 1 mm.",
-            Table(
-                [*head, *labels(found, ": significant")],
-                rows,
-                "Moran's I of t-maps, mean over sheets, and share of significant units",
-            ),
+            Table([*head, *labels(found, ": significant")], rows, title),
         ],
         cards=[] if own else cards(found),
     )
@@ -210,16 +205,11 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     )
     for name, first in found[0].results["contrasts"].items():
         widths = sorted(first["moran"], key=float)
-        groups = [
-            plots.maps_of(
-                r,
-                f"{r.label}, {smoothing(fwhm)}",
-                r.arrays[f"t.{name}.{fwhm}"],
-                r.arrays[f"significant.{name}.{fwhm}"] > 0,
-            )
-            for fwhm in dict.fromkeys([widths[0], widths[-1]])
-            for r in found
-        ]
+        groups = []
+        for fwhm in dict.fromkeys([widths[0], widths[-1]]):
+            for r in found:
+                t, outlined = (r.arrays[f"{what}.{name}.{fwhm}"] for what in ("t", "significant"))
+                groups.append(plots.maps_of(r, f"{r.label}, {smoothing(fwhm)}", t, outlined > 0))
         title = f"{first['what']}; outlined: significant (FDR over all units)"
         yield Drawing(
             f"{prefix}-{name}-maps",

@@ -59,9 +59,14 @@ def analyse(cfg: LocalizeConfig, subject: Subject) -> Outcome:
     found = t_maps(cfg, a, b, 0.0)
     network = chosen(cfg, found)
     responses = np.abs(subject.on_grid(of_stimuli(cfg, subject, others)))
-    regions, labels_of_units = clusters_of(cfg, subject, network, found.t), np.zeros(network.shape, np.int16)
+    regions, labels_of_units = clusters_of(cfg, network), np.zeros(network.shape, np.int16)
     for k, (s, mask) in enumerate(regions, start=1):
         labels_of_units[s][mask] = k
+    answers = responses.swapaxes(0, 1)  # (n_items, S, h, w)
+
+    def moran(fwhm: float) -> dict[str, Any]:
+        return moran_of_sheets(cfg, subject.sheets, (t_maps(cfg, a, b, fwhm) if fwhm else found).t, fwhm)
+
     results: dict[str, Any] = {
         "n_units": network.size,
         "n_network": int(network.sum()),
@@ -70,28 +75,16 @@ def analyse(cfg: LocalizeConfig, subject: Subject) -> Outcome:
         "n_items": [a.shape[1], b.shape[1]],
         "by_sheet": {sheet: int(n) for sheet, n in zip(subject.sheets, network.sum((1, 2)), strict=True)},
         "held_out": held_out(cfg, a, b),
-        "moran": {
-            str(fwhm): moran_of_sheets(
-                cfg, subject.sheets, (t_maps(cfg, a, b, fwhm) if fwhm else found).t, fwhm
-            )
-            for fwhm in cfg.fwhm_mm
-        },
-        "smoothness_tdann": {
-            sheet: measures.smoothness_tdann(t) for sheet, t in zip(subject.sheets, found.t, strict=True)
-        },
-        "profiles": {"network": profile(responses.swapaxes(0, 1)[:, network], others)}
-        if network.any()
-        else None,
+        "moran": {str(fwhm): moran(fwhm) for fwhm in cfg.fwhm_mm},
+        "smoothness_tdann": dict(zip(subject.sheets, map(measures.smoothness_tdann, found.t), strict=True)),
+        "profiles": {"network": profile(answers[:, network], others)} if network.any() else None,
         "clusters": [
             {"sheet": subject.sheets[s]} | described(mask, found.t[s], responses[s], others)
             for s, mask in regions
         ],
     }
-    arrays = {
-        "t": found.t.astype(np.float32),
-        "network": network.astype(np.uint8),
-        "clusters": labels_of_units,
-    }
+    arrays = {"t": found.t.astype(np.float32), "network": network.astype(np.uint8)}
+    arrays |= {"clusters": labels_of_units}
     data = {items.source: items.sha256, others.source: others.sha256}
     summary = {"units in the language network (%)": results["network_percent"]}
     summary |= {f"Moran's I of t, {width(k)}": m["mean"] for k, m in results["moran"].items()}
@@ -156,15 +149,10 @@ def profile(responses: np.ndarray, others: stimuli.Stimuli) -> dict[str, dict[st
     return found
 
 
-def clusters_of(
-    cfg: LocalizeConfig, subject: Subject, network: np.ndarray, t: np.ndarray
-) -> list[tuple[int, np.ndarray]]:
+def clusters_of(cfg: LocalizeConfig, network: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Clusters of the network, sheet by sheet, as (index of the sheet, mask); largest first."""
-    found = [
-        (s, mask)
-        for s in range(len(subject.sheets))
-        for mask in measures.clusters(network[s], cfg.smallest_cluster)
-    ]
+    smallest = cfg.smallest_cluster
+    found = [(s, mask) for s, sheet in enumerate(network) for mask in measures.clusters(sheet, smallest)]
     return sorted(found, key=lambda pair: -int(pair[1].sum()))
 
 
@@ -174,17 +162,11 @@ def described(
     """Size, peak and answers of a cluster on a sheet of t-values (h, w)."""
     peak = np.unravel_index(np.where(mask, t, -np.inf).argmax(), mask.shape)
     answers = profile(responses[:, mask], others)
-    return {
-        "size": int(mask.sum()),
-        "peak_t": float(t[peak]),
-        "row": int(peak[0]),
-        "column": int(peak[1]),
-        "response": {condition: answers[condition]["mean"] for condition in PROFILE},
-    }
+    found = {"size": int(mask.sum()), "peak_t": float(t[peak]), "row": int(peak[0]), "column": int(peak[1])}
+    return found | {"response": {condition: answers[condition]["mean"] for condition in PROFILE}}
 
 
 # ---- what is shown -------------------------------------------------------------------------------
-
 
 HELD_OUT = {
     "significant_again_percent": ("chosen on half of the items, significant on the other half", 1, " %"),
@@ -247,17 +229,11 @@ def profiles(found: Sequence[Result]) -> Table:
 
 def clusters(result: Result) -> Table:
     found = result.results["clusters"]
-    rows = [
-        [
-            str(k),
-            c["sheet"],
-            c["size"],
-            Number(c["peak_t"], 1),
-            f"{c['row']}, {c['column']}",
-            *(Number(c["response"].get(condition), 4) for condition in PROFILE),
-        ]
-        for k, c in enumerate(found[:N_CLUSTERS], start=1)
-    ]
+    rows: list[list[Any]] = []
+    for k, c in enumerate(found[:N_CLUSTERS], start=1):
+        answers = [Number(c["response"].get(condition), 4) for condition in PROFILE]
+        place = f"{c['row']}, {c['column']}"
+        rows.append([str(k), c["sheet"], c["size"], Number(c["peak_t"], 1), place, *answers])
     head = ["", "sheet", "units", "peak t", "row, column of the peak", *PROFILE]
     title = f"Clusters of {result.label}: touching units of the network, {len(rows)} largest of {len(found)}"
     return Table(head, rows, title, folded=True)

@@ -6,8 +6,9 @@ Moran's I of single-token maps, raw and smoothed; correlation against distance, 
 follows from it; size of clusters; wiring length; and the spatial loss over all neighbourhoods.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -73,10 +74,7 @@ def collect(subject: Subject, windows: np.ndarray, n_maps: int) -> Statistics:
                 x = x - shift.setdefault(sheet, x.mean(0))
                 sums[sheet] += x.sum(0, dtype=torch.float64).cpu()
                 products[sheet] += (x.T @ x).double().cpu()
-    covariance = {
-        sheet: (products[sheet] - torch.outer(sums[sheet], sums[sheet]) / windows.size).numpy()
-        for sheet in order
-    }
+    covariance = {s: (products[s] - torch.outer(x, x) / windows.size).numpy() for s, x in sums.items()}
     check_finite(covariance)
     grids = np.stack([np.concatenate(found).reshape(-1, *subject.grid) for found in maps.values()])
     return Statistics(covariance, grids, windows.flatten()[at].tolist())
@@ -92,38 +90,25 @@ def analyse(cfg: TopographyConfig, subject: Subject) -> Outcome:
     distance = next(iter(curves.values())).distance
     by_sheet = dict(zip(subject.sheets, found.maps, strict=True))
     noise = np.random.default_rng(cfg.seed).standard_normal((cfg.permutations, h, w))
+    moran = {}
+    for fwhm in progress(cfg.fwhm_mm, f"{subject.label}: Moran's I"):
+        smoothed = measures.smooth(found.maps, fwhm, cfg.unit_distance_mm)
+        moran[str(fwhm)] = moran_of_sheets(cfg, subject.sheets, smoothed, fwhm)
+    largest, mean = (partial(cluster_size, kind=kind) for kind in ("largest", "mean"))
+    value = {sheet: c.value for sheet, c in curves.items()}
     results: dict[str, Any] = {
         "text": text.source,
         "n_tokens": text.tokens.size,
         "tokens": heldout.words_of(found.tokens, subject.model.cfg.vocab_size, cfg.vocab_dir, apart=True),
-        "moran": {
-            str(fwhm): moran_of_sheets(
-                cfg, subject.sheets, measures.smooth(found.maps, fwhm, cfg.unit_distance_mm), fwhm
-            )
-            for fwhm in progress(cfg.fwhm_mm, f"{subject.label}: Moran's I")
-        },
-        "spatial_loss": averaged(spatial_losses(subject, found.covariance), 0.5),
-        "smoothness_correlation": averaged(
-            {sheet: measures.smoothness_correlation(c) for sheet, c in curves.items()}
-        ),
-        "smoothness_tdann": averaged(
-            {sheet: mean_smoothness(grids) for sheet, grids in by_sheet.items()}, mean_smoothness(noise)
-        ),
-        "wiring_length": averaged(
-            {sheet: measures.wiring_length(r, h, w) for sheet, r in correlation.items()}, 1.0
-        ),
-        **{
-            f"{kind}_cluster": averaged(
-                {sheet: cluster_size(grids, kind) for sheet, grids in by_sheet.items()},
-                cluster_size(noise, kind),
-            )
-            for kind in ("largest", "mean")
-        },
-        "correlation_by_distance": {
-            "distance": distance,
-            "mean": np.mean([c.value for c in curves.values()], axis=0),
-            "by_sheet": {sheet: c.value for sheet, c in curves.items()},
-        },
+        "moran": moran,
+        "spatial_loss": averaged(float, spatial_losses(subject, found.covariance), 0.5),
+        "smoothness_correlation": averaged(measures.smoothness_correlation, curves),
+        "smoothness_tdann": averaged(mean_smoothness, by_sheet, mean_smoothness(noise)),
+        "wiring_length": averaged(lambda r: measures.wiring_length(r, h, w), correlation, 1.0),
+        "largest_cluster": averaged(largest, by_sheet, largest(noise)),
+        "mean_cluster": averaged(mean, by_sheet, mean(noise)),
+        "correlation_by_distance": {"distance": distance, "mean": np.mean(list(value.values()), axis=0)}
+        | {"by_sheet": value},
     }
     summary = {f"Moran's I, {width(k)}": m["mean"] for k, m in results["moran"].items()}
     summary |= {f"its floor, {width(k)}": m["floor"] for k, m in results["moran"].items()}
@@ -144,9 +129,13 @@ PROTOCOL = {
 }
 
 
-def averaged(by_sheet: Mapping[str, float], floor: float | None = None) -> dict[str, Any]:
+def averaged(
+    measure: Callable[[Any], float], of: Mapping[str, Any], floor: float | None = None
+) -> dict[str, Any]:
+    """A measure of what there is of each sheet, and its mean."""
+    by_sheet = {sheet: measure(x) for sheet, x in of.items()}
     mean = float(np.mean(list(by_sheet.values())))
-    return {"mean": mean, **({} if floor is None else {"floor": floor}), "by_sheet": dict(by_sheet)}
+    return {"mean": mean, **({} if floor is None else {"floor": floor}), "by_sheet": by_sheet}
 
 
 def correlations_of(covariance: np.ndarray) -> np.ndarray:
@@ -171,12 +160,11 @@ def spatial_losses(subject: Subject, covariance: Mapping[str, np.ndarray]) -> di
     except ValueError as error:
         raise UserError(f"{subject.label}: {error}") from None
     target = standardised_pairs(torch.from_numpy(topo.inverse_distances(cfg.radius, cfg.distance)))
-    return {
-        sheet: float(
-            correlation_loss(torch.from_numpy(c[cells[:, :, None], cells[:, None, :]]), target)[0].mean()
-        )
-        for sheet, c in covariance.items()
-    }
+    found = {}
+    for sheet, c in covariance.items():
+        near = torch.from_numpy(c[cells[:, :, None], cells[:, None, :]])
+        found[sheet] = float(correlation_loss(near, target)[0].mean())
+    return found
 
 
 def mean_smoothness(grids: np.ndarray) -> float:
@@ -191,7 +179,6 @@ def cluster_size(grids: np.ndarray, kind: Literal["largest", "mean"]) -> float:
 
 
 # ---- what is shown -------------------------------------------------------------------------------
-
 
 MORAN = (
     "Moran's I is the correlation of a map with itself one cell further, over the eight neighbours of "
@@ -240,18 +227,13 @@ def section(found: Sequence[Result]) -> Section:
         for key, (name, _) in MEASURES.items()
     ]
     said = [MORAN, *[SMOOTHED] * (len(first["moran"]) - 1), *(what for _, what in MEASURES.values())]
-    where = f"{first['n_tokens']:,} tokens of {first['text']}"
-    head = ["mean over sheets", *labels(found), "floor: no map"]
-    return Section(
-        "Topography",
-        [
-            f"Is a sheet a map? Measured on {first['n_tokens']:,} tokens of held-out text, Moran's I and "
-            "clusters on the maps of single tokens.",
-            Table(head, rows, f"On {where}", said),
-            by_sheet(found),
-        ],
-        cards=cards(found),
+    title = f"On {first['n_tokens']:,} tokens of {first['text']}"
+    table = Table(["mean over sheets", *labels(found), "floor: no map"], rows, title, said)
+    question = (
+        f"Is a sheet a map? Measured on {first['n_tokens']:,} tokens of held-out text, Moran's I and "
+        "clusters on the maps of single tokens."
     )
+    return Section("Topography", [question, table, by_sheet(found)], cards=cards(found))
 
 
 def by_sheet(found: Sequence[Result]) -> Table:
@@ -285,11 +267,10 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     middle = found[0].arrays["maps"].shape[1] // 2
     token = found[0].results["tokens"][middle]
     maps = [plots.maps_of(r, r.label, drawing.standardised(r.arrays["maps"][:, middle])) for r in found]
+    title, unit = f"One token, {token!r}, on every sheet", "activation (sd of its sheet)"
     yield Drawing(
         "topography-maps",
-        drawing.draw_sheets(
-            maps, f"One token, {token!r}, on every sheet", "activation (sd of its sheet)", drawing.LIMIT
-        ),
+        drawing.draw_sheets(maps, title, unit, drawing.LIMIT),
         "Activation of every unit at one held-out token, in standard deviations of its sheet "
         f"(dimensionless), cut at \u00b1 2.5. {plots.MAPS}",
     )

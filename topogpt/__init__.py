@@ -22,25 +22,10 @@ if TYPE_CHECKING:  # for editors and type checkers; HOME says the same to Python
 
 __version__ = "0.1.0"
 __all__ = [
-    "GPT",
-    "GPTConfig",
-    "Run",
-    "SpatialLoss",
-    "Topography",
-    "UserError",
-    "__version__",
-    "activations",
-    "draw",
-    "grid_shape",
-    "lesion",
-    "load",
-    "load_topography",
-    "morans_i",
-    "morans_i_floor",
-    "on_grid",
-    "positions",
+    "GPT", "GPTConfig", "Run", "SpatialLoss", "Topography", "UserError", "__version__", "activations", "draw",
+    "grid_shape", "lesion", "load", "load_topography", "morans_i", "morans_i_floor", "on_grid", "positions",
     "smooth",
-]
+]  # fmt: skip
 
 HOME = {
     "analysis.measures": "smooth",

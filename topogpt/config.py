@@ -167,9 +167,8 @@ def flatten(
             continue
         if is_section:
             if value is not None:  # a section whose keys are all commented out
-                raise UserError(
-                    f"{where}: {name} = {value} must be a section of keys, such as {name}.{{...}}"
-                )
+                problem = f"must be a section of keys, such as {name}.{{...}}"
+                raise UserError(f"{where}: {name} = {value} {problem}")
             continue
         check_known(name, known, where=where)
         kind = known[name].type
@@ -181,13 +180,8 @@ def flatten(
             yield [f"--{name}", *map(str, value)]
         elif kind is bool or isinstance(value, bool | list | dict) or (value is None and not optional):
             shown = "nothing" if value is None else repr(value)
-            quote = (
-                "; put it in quotes"
-                if isinstance(value, bool)
-                else "; without quotes"
-                if kind is bool
-                else ""
-            )
+            quote = "; without quotes" if kind is bool else ""
+            quote = "; put it in quotes" if isinstance(value, bool) else quote
             raise UserError(f"{where}: {name} must be {describe_type(kind)}, not {shown}{quote}")
         else:
             yield [f"--{name}={value}"]
@@ -224,7 +218,5 @@ def to_yaml(cfg: object) -> str:
     """The resolved settings as YAML that `parse` reads back."""
     import yaml
 
-    plain = dataclasses.asdict(cfg)
-    return yaml.safe_dump(
-        {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}, sort_keys=False
-    )
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
+    return yaml.safe_dump(plain, sort_keys=False)

@@ -21,16 +21,9 @@ from topogpt.errors import UserError
 
 # Dense bf16 tensor-core operations per second, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A40": 150e12,
+    "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

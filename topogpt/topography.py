@@ -47,14 +47,10 @@ def save_topography(
     tensors = {sheet: np.ascontiguousarray(p, dtype=np.int32) for sheet, p in positions.items()}
     (folder / "topography.safetensors").write_bytes(save(tensors, metadata={"format": FORMAT}))
     facts = {
-        "format": FORMAT,
-        "grid": list(grid),
-        "unit_distance_mm": unit_distance_mm,
-        "positions": kind,
-        "seed": seed,
-        "sheets": list(positions),
+        "format": FORMAT, "grid": list(grid), "unit_distance_mm": unit_distance_mm, "positions": kind,
+        "seed": seed, "sheets": list(positions),
         "tensors": "topography.safetensors: sheet -> (units, 2), row and column of each unit on the grid",
-    }
+    }  # fmt: skip
     (folder / "topography.json").write_text(json.dumps(facts | more, indent=1) + "\n", encoding="utf-8")
 
 
@@ -103,13 +99,9 @@ def read_topography(tensors: Path, facts: Path) -> Topography:
         raise ValueError(f"{tensors} and {facts.name} cannot be read as a topography: {error}") from None
     order = {name: i for i, name in enumerate(said.get("sheets") or sorted(found, key=topo.sheet_order))}
     found = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
-    return Topography(
-        positions=found,
-        grid=topo.grid_shape(len(next(iter(found.values())))),
-        unit_distance_mm=float(said.get("unit_distance_mm", 1.0)),
-        kind=said.get("positions"),
-        seed=said.get("seed"),
-    )
+    grid = topo.grid_shape(len(next(iter(found.values()))))
+    distance = float(said.get("unit_distance_mm", 1.0))
+    return Topography(found, grid, distance, kind=said.get("positions"), seed=said.get("seed"))
 
 
 def download_topography(repo: str) -> Path:

@@ -56,12 +56,10 @@ class ReportConfig(EvalConfig):
 def config_with(analyses: dict[str, Analysis]) -> type[ReportConfig]:
     """The settings, with a flag for each analysis that takes long: --ablate."""
     costly = [name for name, analysis in analyses.items() if analysis.costly]
-    made = make_dataclass(
-        "ReportConfig", [(n, bool, False) for n in costly], bases=(ReportConfig,), frozen=True, kw_only=True
-    )
-    said = [
-        f"    {n}: run {n}, too, where missing; hours on a CPU for a model of TopoLM's size" for n in costly
-    ]
+    flags, options = [(name, bool, False) for name in costly], {"frozen": True, "kw_only": True}
+    made = make_dataclass("ReportConfig", flags, bases=(ReportConfig,), **options)
+    what = "too, where missing; hours on a CPU for a model of TopoLM's size"
+    said = [f"    {name}: run {name}, {what}" for name in costly]
     made.__module__ = __name__  # so that the comments of the settings above are found for --help
     made.__doc__ = "\n".join([ReportConfig.__doc__, "", "Args:", *said])
     return made
@@ -73,10 +71,7 @@ def main(argv: list[str]) -> None:
     subjects = [load_subject(cfg, source) for source in cfg.sources]
     check_matched(subjects)
     texts = reader.choose_texts(subjects, cfg.texts, cfg.budget, cfg.vocab_dir)
-    models = [
-        Model(source, subject, i)
-        for i, (source, subject) in enumerate(zip(cfg.sources, subjects, strict=True))
-    ]
+    models = [Model(*named, i) for i, named in enumerate(zip(cfg.sources, subjects, strict=True))]
     found = [shown(cfg, name, analyses[kind_of(name)], models) for name in names(cfg, analyses, models)]
     path = subjects[0].results / "report.html"
     write_text(path, html_of(cfg, models, found, texts))
@@ -191,18 +186,13 @@ def html_of(cfg: ReportConfig, models: Sequence[Model], found: Sequence[Shown], 
 
     sections = [one.section for one in found]
     results = [result for one in found for result in one.found]
-    details = [
-        (
-            f"Protocol: {r.content['analysis']} of {r.label}",
-            "\n".join(f"{key}: {json.dumps(value)}" for key, value in r.content["protocol"].items()),
-        )
-        for r in results
-    ]
-    details += [
-        (f"Settings of {m.label}", yaml.safe_dump(m.subject.settings, sort_keys=False))
-        for m in models
-        if m.subject.settings
-    ]
+    details = []
+    for r in results:
+        lines = (f"{key}: {json.dumps(value)}" for key, value in r.content["protocol"].items())
+        details.append((f"Protocol: {r.content['analysis']} of {r.label}", "\n".join(lines)))
+    for m in models:
+        if settings := m.subject.settings:
+            details.append((f"Settings of {m.label}", yaml.safe_dump(settings, sort_keys=False)))
     return page.render(
         models=models,
         lead=overview.lead(models[0]),

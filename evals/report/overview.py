@@ -133,9 +133,8 @@ def draw_training(models: Sequence[Model]) -> "Figure":
     figure = new_figure(12.4, 2.7)
     axes = figure.subplots(1, 3)
     kinds = {"cross_entropy": ("cross-entropy (nats per token)", None), "spatial_loss": ("spatial loss", 0.5)}
-    for axis, (key, (name, level)) in zip(
-        axes, (kinds | {"moran": ("Moran's I", floor)}).items(), strict=True
-    ):
+    kinds |= {"moran": ("Moran's I", floor)}
+    for axis, (key, (name, level)) in zip(axes, kinds.items(), strict=True):
         inside = []
         for split, width in (("train", 0.5), ("val", 1.8)):
             for model, colour, style in zip(models, COLOURS, ("-", "--"), strict=False):
@@ -188,12 +187,11 @@ def facts_of(model: Model) -> dict[str, Fact]:
         found[name] = Fact(", ".join(settings.get(key, ())), data.get(key, ""))
     if not start:
         return found | dict.fromkeys(("trained with", "code", "machine", "versions"), Fact())
+    changed = "with uncommitted changes:" if start["git_diff"] else ""
     versions = {"python": start["python"], **start["packages"]}
     return found | {
         "trained with": Fact(code=" ".join(start["command"])),
-        "code": Fact(
-            "with uncommitted changes:" if start["git_diff"] else "", (start["git_sha"] or "unknown")[:12]
-        ),
+        "code": Fact(changed, (start["git_sha"] or "unknown")[:12]),
         "machine": Fact(f"{start['world_size']} x {start['device']}, {start['platform']}"),
         "versions": Fact(", ".join(f"{k} {v}" for k, v in versions.items())),
     }

@@ -42,13 +42,8 @@ def templates() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    pages = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    pages = Environment(loader=FileSystemLoader(HERE), undefined=StrictUndefined, **options)
     pages.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     pages.globals["inline"] = lambda name: Markup((HERE / name).read_text(encoding="utf-8"))
     pages.tests["label"] = lambda value: isinstance(value, Label)

@@ -135,13 +135,9 @@ def activations(subject: Subject, tokens: np.ndarray, words: bool) -> Any:
     text = torch.from_numpy(np.concatenate([lead, tokens]).astype(np.int64)).to(device)
     with torch.inference_mode():
         named = subject.model(text[None], activations=True, last_only=True).activations
-        return torch.cat(
-            [
-                named[sheet][0, len(lead) :].float()[:, torch.from_numpy(topo.units_by_cell(p)).to(device)]
-                for sheet, p in subject.positions.items()
-            ],
-            dim=1,
-        )
+        order = {s: torch.from_numpy(topo.units_by_cell(p)) for s, p in subject.positions.items()}
+        shown = [named[s][0, len(lead) :].float()[:, cells.to(device)] for s, cells in order.items()]
+        return torch.cat(shown, dim=1)
 
 
 class Statistics(NamedTuple):
@@ -237,14 +233,10 @@ def data(subjects: Sequence[Subject], texts: Texts, vocab_dir: str | None) -> di
     def words_of(tokens: np.ndarray) -> list[str]:
         return heldout.words_of(tokens, vocab_size, vocab_dir)
 
-    return {
-        "grid": list(subjects[0].grid),
-        "sheets": subjects[0].sheets,
-        "texts": [{"name": p.name, "words": words_of(p.tokens)} for p in texts.shown],
-        "sample": {
-            "words": [word for tokens in texts.sample for word in words_of(tokens)],
-            "ends": np.cumsum([len(tokens) for tokens in texts.sample]).tolist(),
-            "what": f"{n:,} tokens of {texts.source}",
-        },
-        "models": [data_of_model(subject, texts) for subject in subjects],
-    }
+    shown = [{"name": p.name, "words": words_of(p.tokens)} for p in texts.shown]
+    sample = {"words": [word for tokens in texts.sample for word in words_of(tokens)]}
+    sample |= {"ends": np.cumsum([len(tokens) for tokens in texts.sample]).tolist()}
+    sample |= {"what": f"{n:,} tokens of {texts.source}"}
+    models = [data_of_model(subject, texts) for subject in subjects]
+    found = {"grid": list(subjects[0].grid), "sheets": subjects[0].sheets}
+    return found | {"texts": shown, "sample": sample, "models": models}

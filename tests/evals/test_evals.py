@@ -372,8 +372,7 @@ def test_the_network_is_what_answers_to_sentences_and_nothing_else():
     assert (found.significant & (found.t < 0))[0, 5].all()
     top = localize.chosen(LocalizeConfig(run="-", top_percent=10.0), found)
     assert top.sum() == 7 and set(np.flatnonzero(top)) == set(np.argsort(-found.t, axis=None)[:7])
-    subject = some_subject(n_layer=1)
-    (region,) = localize.clusters_of(cfg, subject, network, found.t)
+    (region,) = localize.clusters_of(cfg, network)
     assert region[0] == 0 and region[1].sum() == 18
 
 

@@ -225,15 +225,10 @@ def lesion(run: Run, units: Units, fill: float = 0.0) -> Iterator[None]:
     Raises:
         ValueError: there is no such sheet or unit, or a mask has another shape.
     """
-    chosen: Mapping[str, Any]
-    if isinstance(units, Mapping):
-        chosen = units
-    else:
-        chosen = {sheet: slice(None) for sheet in ([units] if isinstance(units, str) else units)}
-    masks = {
-        sheet: torch.from_numpy(mask_of(run, sheet, which)).to(run.model.device)
-        for sheet, which in chosen.items()
-    }
+    names = [units] if isinstance(units, str) else units
+    chosen: Mapping[str, Any] = units if isinstance(units, Mapping) else dict.fromkeys(names, slice(None))
+    device = run.model.device
+    masks = {s: torch.from_numpy(mask_of(run, s, which)).to(device) for s, which in chosen.items()}
 
     def silence(mask: Tensor, module: object, inputs: object, out: Tensor) -> Tensor:
         return out.masked_fill(mask, fill)

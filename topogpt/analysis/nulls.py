@@ -42,13 +42,8 @@ def moran(
     value = float(gram[found.i, found.j] @ found.weight)
     at_random = gram.take(permuted_edges(h, w, contiguity, permutations, seed)) @ found.weight
     noise = noise_morans(h, w, fwhm_mm, unit_distance_mm, contiguity, permutations, seed)
-    return Moran(
-        value,
-        share_reaching(at_random, value),
-        float(noise.mean()),
-        float(noise.std()),
-        share_reaching(noise, value),
-    )
+    p, p_floor = (share_reaching(values, value) for values in (at_random, noise))
+    return Moran(value, p, float(noise.mean()), float(noise.std()), p_floor)
 
 
 def moran_of_sheets(cfg: MoranConfig, sheets: list[str], maps: np.ndarray, fwhm_mm: float) -> dict[str, Any]:

@@ -16,14 +16,9 @@ if TYPE_CHECKING:
 MODEL, CONTROL, FLOOR = "#0072B2", "#D55E00", "0.55"  # Okabe and Ito's blue and vermilion: seen by everyone
 COLOURS = (MODEL, CONTROL)
 STYLE = {
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 8,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "topogpt",
-}
+    "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
+    "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "topogpt",
+}  # fmt: skip
 MAPS = "One cell is one unit; a column is a layer, its rows are the branches of it."
 BAND = "The grey band is the floor, white noise smoothed in the same way, \u00b1 2 standard deviations."
 

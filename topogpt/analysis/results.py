@@ -73,24 +73,20 @@ def save(name: str, subject: Subject, outcome: Outcome) -> None:
 
     arrays = {key: np.ascontiguousarray(a) for key, a in outcome.arrays.items()}
     write_bytes(subject.results / f"{name}.safetensors", as_bytes(arrays, metadata={"format": FORMAT}))
+    loss = subject.settings["topo"]["loss"] if subject.settings else None
+    model = {"label": subject.label, "checkpoint": subject.checkpoint.name}
+    model |= {"weights_sha256": subject.weights_sha256, "spatial_loss": loss}
+    model |= {"sheets": subject.sheets, "grid": list(subject.grid)}
+    git = provenance.git
+    code = {"git_sha": git("rev-parse", "HEAD"), "changed": bool(git("diff", "HEAD"))}
     content = {
         "format": FORMAT,
         "analysis": name,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "model": {
-            "label": subject.label,
-            "checkpoint": subject.checkpoint.name,
-            "weights_sha256": subject.weights_sha256,
-            "spatial_loss": subject.settings["topo"]["loss"] if subject.settings else None,
-            "sheets": subject.sheets,
-            "grid": list(subject.grid),
-        },
+        "model": model,
         "protocol": outcome.protocol,
         "data_sha256": outcome.data,
-        "code": {
-            "git_sha": provenance.git("rev-parse", "HEAD"),
-            "changed": bool(provenance.git("diff", "HEAD")),
-        },
+        "code": code,
         "summary": outcome.summary,
         "results": outcome.results,
     }

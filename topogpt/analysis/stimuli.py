@@ -97,15 +97,10 @@ def localizer(folder: Path) -> Stimuli:
     if not paths:
         raise UserError(f"{folder} holds no CSV files; {REMEDY}")
     parts = [read(path, LOCALIZER_WORDS, ["stim14"]) for path in paths]
-    digest = hashlib.sha256(
-        "".join(f"{p.name} {s.sha256}\n" for p, s in zip(paths, parts, strict=True)).encode()
-    )
-    return Stimuli(
-        str(folder),
-        [item.lower() for part in parts for item in part.items],
-        [condition for part in parts for condition in part.conditions],
-        digest.hexdigest(),
-    )
+    lines = "".join(f"{p.name} {s.sha256}\n" for p, s in zip(paths, parts, strict=True))
+    items = [item.lower() for part in parts for item in part.items]
+    conditions = [condition for part in parts for condition in part.conditions]
+    return Stimuli(str(folder), items, conditions, hashlib.sha256(lines.encode()).hexdigest())
 
 
 def profiles(path: Path) -> Stimuli:

@@ -19,12 +19,8 @@ from topogpt.settings import N_VOCAB, GPTConfig, TopoConfig, TrainConfig
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 NAMES_IN_SAFETENSORS = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "int32": "I32",
-    "int16": "I16",
-}
+    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int16": "I16",
+}  # fmt: skip
 CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}  # logits at a time: 1 GB in fp32; 64 MB
 ADAMW_BYTES = 8  # two fp32 moments a parameter
 PER_PARAMETER_IN_PT = 840  # bytes that torch.save adds for the three tensors of a parameter
@@ -37,13 +33,8 @@ Shapes = dict[str, tuple[int, ...]]
 def weight_shapes(cfg: GPTConfig) -> Shapes:
     """Shape of every weight by its name, the tied head once, as transformer.wte.weight."""
     c = cfg.n_embd
-    linear = {
-        "attn.c_attn": (3 * c, c),
-        "attn.c_proj": (c, c),
-        "mlp.c_fc": (4 * c, c),
-        "mlp.c_proj": (c, 4 * c),
-    }
-    block = {"ln_1": (c,), "ln_2": (c,)} | linear
+    block = {"ln_1": (c,), "ln_2": (c,), "attn.c_attn": (3 * c, c), "attn.c_proj": (c, c)}
+    block |= {"mlp.c_fc": (4 * c, c), "mlp.c_proj": (c, 4 * c)}
     modules = {f"h.{i}.{name}": shape for i in range(cfg.n_layer) for name, shape in block.items()}
     found: Shapes = {"wte.weight": (cfg.vocab_size, c), "wpe.weight": (cfg.block_size, c)}
     for name, shape in (modules | {"ln_f": (c,)}).items():
@@ -84,9 +75,8 @@ class Cost:
 
     @property
     def dtype(self) -> str:
-        return (
-            {"cuda": "bfloat16"}.get(self.device, "float32") if self.cfg.dtype == "auto" else self.cfg.dtype
-        )
+        usual = "bfloat16" if self.device == "cuda" else "float32"
+        return usual if self.cfg.dtype == "auto" else self.cfg.dtype
 
     # ---- parameters and FLOPs
 

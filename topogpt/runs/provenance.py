@@ -16,32 +16,21 @@ PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "huggingface_hub", "tra
 def collect(device: torch.device, world: int, data: dict[str, str]) -> dict[str, Any]:
     """Facts about this start of a run; `data` are fingerprints of its corpora."""
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "git_sha": git("rev-parse", "HEAD"),
-        "git_diff": git("diff", "HEAD"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv,
+        "git_sha": git("rev-parse", "HEAD"), "git_diff": git("diff", "HEAD"),
+        "python": platform.python_version(), "platform": platform.platform(),
         "packages": {name: found for name in PACKAGES if (found := installed(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cuda": torch.version.cuda,
-        "cpu_threads": torch.get_num_threads(),
-        "world_size": world,
+        "cuda": torch.version.cuda, "cpu_threads": torch.get_num_threads(), "world_size": world,
         "data_sha256": data,
-    }
+    }  # fmt: skip
 
 
 def git(*arguments: str) -> str | None:
     """Output of git in the folder of this code; None outside a repository or without git."""
     try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 30}
+        done = subprocess.run(["git", *arguments], check=True, **options)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

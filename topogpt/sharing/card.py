@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from topogpt import topo
+from topogpt.files import read_json
 from topogpt.runs.folder import read_metrics
 from topogpt.settings import N_VOCAB
 from topogpt.topo import N_NOISE, noise_floor
@@ -41,12 +42,8 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
     name = repo_id.rpartition("/")[2] if repo_id else cfg["run_name"]
     h, w = topo.grid_shape(model["n_embd"])
     n_vocab = min(model["vocab_size"], N_VOCAB)
-    words = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
+    words = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
     return words.get_template("card.md.jinja").render(
         front_matter=front_matter(name, data, value), name=name, repo_id=repo_id, has_picture=has_picture,
         cfg=cfg, model=model, sheets=cfg["topo"], h=h, w=w, n_sheets=len(loaded.positions),
@@ -65,33 +62,23 @@ def front_matter(name: str, data: Data, value: dict[str, Any] | None) -> str:
 
     results = None
     if value:
+        title = LICENCES.get(data.repo or "", ("validation text of the run",))[0]
+        text = {"dataset_type": data.repo or "unknown", "dataset_name": title, "dataset_split": "validation"}
+        text |= {"task_type": "text-generation"}
         results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=data.repo or "unknown",
-                dataset_name=LICENCES.get(data.repo or "", ("validation text of the run",))[0],
-                dataset_split="validation",
-                metric_type=kind,
-                metric_name=words,
-                metric_value=round(number, 4),
-            )
+            EvalResult(metric_type=kind, metric_name=words, metric_value=round(number, 4), **text)
             for kind, words, number in (
                 ("cross_entropy", "cross-entropy (nats per token)", value["cross_entropy"]),
                 ("perplexity", "perplexity per token", perplexity(value["cross_entropy"])),
             )
             if math.isfinite(number)
         ]
-    card = ModelCardData(
-        language="en" if data.repo in LICENCES else None,
-        license="unknown",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2", "topography", "cortex", "topogpt"],
-        datasets=[data.repo] if data.repo else None,
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
-    return card.to_yaml()
+    said = {"language": "en" if data.repo in LICENCES else None, "license": "unknown"}
+    said |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    said |= {"tags": ["gpt2", "topography", "cortex", "topogpt"]}
+    said |= {"datasets": [data.repo] if data.repo else None}
+    said |= {"model_name": name, "eval_results": results} if results else {}
+    return ModelCardData(**said).to_yaml()
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
@@ -136,7 +123,7 @@ def describe(source: dict[str, Any], n_tokens: int) -> Data:
     if not repo:
         return Data(words=f"files of whoever prepared them ({size})")
     title, licence, words = LICENCES.get(repo, (repo, None, ASK))
-    part = "".join(f", {source[key]}" for key in ("config",) if source.get(key))
+    part = f", {source['config']}" if source.get("config") else ""
     revision = f", revision {source['revision']}" if source.get("revision") else ""
     link = f"[{title}](https://huggingface.co/datasets/{repo}){part}{revision} ({size})"
     return Data(words=link, repo=repo, licence=words)
@@ -152,12 +139,10 @@ def read_evaluations(run: Path) -> list[tuple[str, str, str]]:
     """Numbers of out/RUN/evals/*.json, of its summary where it has one: (analysis, measure, value)."""
     rows = []
     for path in sorted((run / "evals").glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        shown = content.get("summary", content) if isinstance(content, dict) else {}
-        rows += [(path.stem, key, f"{number:.4g}") for key, number in numbers(shown)]
+        content = read_json(path)
+        rows += [
+            (path.stem, key, f"{number:.4g}") for key, number in numbers(content.get("summary", content))
+        ]
     return rows
 
 

@@ -116,17 +116,12 @@ def write_config(folder: Path, loaded: "LoadedRun", dtype: str) -> None:
 
     cfg, sheets = loaded.model.cfg, loaded.state["config"]["topo"]
     facts = {
-        "format": topography.FORMAT,
-        "file": "topography.safetensors",
-        "grid": list(topo.grid_shape(cfg.n_embd)),
-        "unit_distance_mm": 1.0,
-        "positions": sheets["positions"],
-        "seed": sheets["seed"],
-        "loss": sheets["loss"],
-        "weight": sheets["weight"] if sheets["loss"] != "none" else 0.0,
-        "post_residual": cfg.post_residual,
+        "format": topography.FORMAT, "file": "topography.safetensors",
+        "grid": list(topo.grid_shape(cfg.n_embd)), "unit_distance_mm": 1.0, "positions": sheets["positions"],
+        "seed": sheets["seed"], "loss": sheets["loss"],
+        "weight": sheets["weight"] if sheets["loss"] != "none" else 0.0, "post_residual": cfg.post_residual,
         "step": loaded.state["train_state"]["step"],
-    }
+    }  # fmt: skip
     write_json(folder / "config.json", to_gpt2_config(cfg, dtype) | {"topography": facts}, indent=2)
 
 
@@ -134,14 +129,9 @@ def write_topography(folder: Path, loaded: "LoadedRun") -> None:
     from topogpt.sharing.gpt2 import shown_by
 
     sheets = loaded.state["config"]["topo"]
-    topography.save_topography(
-        folder,
-        loaded.positions,
-        kind=sheets["positions"],
-        seed=sheets["seed"],
-        shown_by=shown_by(loaded.model.cfg),
-        step=loaded.state["train_state"]["step"],
-    )
+    facts = {"shown_by": shown_by(loaded.model.cfg), "step": loaded.state["train_state"]["step"]}
+    place = {"kind": sheets["positions"], "seed": sheets["seed"]}
+    topography.save_topography(folder, loaded.positions, **place, **facts)
 
 
 def write_record(folder: Path, run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str) -> None:
@@ -150,7 +140,7 @@ def write_record(folder: Path, run: Path, loaded: "LoadedRun", repo_id: str | No
 
     from topogpt.sharing import card as modelcard
 
-    config = yaml.safe_dump(plain(loaded.state["config"]), sort_keys=False)
+    config = yaml.safe_dump(loaded.state["config"], sort_keys=False)  # JSON's lists and dicts
     (folder / "training_config.yaml").write_text(config, encoding="utf-8")
     if (run / "metrics.jsonl").is_file():
         shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
@@ -159,10 +149,3 @@ def write_record(folder: Path, run: Path, loaded: "LoadedRun", repo_id: str | No
         shutil.copyfile(picture, folder / "sheets.png")
     card = modelcard.write(run, loaded, repo_id, dtype, bool(picture))
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def plain(value: Any) -> Any:
-    """Settings as YAML knows them: tuples become lists."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else value

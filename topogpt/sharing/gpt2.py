@@ -31,13 +31,9 @@ EXPRESSIBLE = set("n_layer n_head n_embd block_size vocab_size dropout bias gelu
 
 # What a config.json must say, or leave out, for our model to compute the same.
 REQUIRED = {
-    "model_type": "gpt2",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
+    "model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 # ---- ours to theirs ------------------------------------------------------------------------------
@@ -85,30 +81,15 @@ def to_gpt2_config(cfg: GPTConfig, dtype: str) -> dict[str, Any]:
     n_vocab = n_vocab_of(cfg)
     eot = EOT if n_vocab == N_VOCAB else None
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": {"exact": "gelu", "tanh": "gelu_new"}[cfg.gelu],
-        "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head,
-        "n_embd": cfg.n_embd,
-        "n_inner": None,
-        "n_positions": cfg.block_size,
-        "n_ctx": cfg.block_size,
-        "vocab_size": n_vocab,
-        "resid_pdrop": cfg.dropout,
-        "embd_pdrop": cfg.dropout,
-        "attn_pdrop": cfg.dropout,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "torch_dtype": dtype,
-    }
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
+        "activation_function": {"exact": "gelu", "tanh": "gelu_new"}[cfg.gelu], "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head, "n_embd": cfg.n_embd, "n_inner": None, "n_positions": cfg.block_size,
+        "n_ctx": cfg.block_size, "vocab_size": n_vocab, "resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout,
+        "attn_pdrop": cfg.dropout, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False, "tie_word_embeddings": True, "use_cache": True, "bos_token_id": eot,
+        "eos_token_id": eot, "torch_dtype": dtype,
+    }  # fmt: skip
 
 
 def shown_by(cfg: GPTConfig) -> dict[str, str]:

@@ -3,6 +3,8 @@
 prove(folder, model, words)     # -> a line that says what was found; UserError where anything differs
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +100,8 @@ def check_tokenizer(folder: Path, words: Tokenizer) -> None:
 def check_greedy(theirs: Any, model: GPT, prompt: Any, n_new: int, n_vocab: int) -> None:
     """Compare greedy continuations up to the first near-tie, where rounding may decide."""
     a = model.generate(prompt, n_new, temperature=0, n_vocab=n_vocab)[0]
-    b = theirs.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=n_new,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0]
+    options = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    b = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
     apart = torch.nonzero(a != b)
     if len(a) == len(b) and not len(apart):
         return
@@ -116,19 +112,16 @@ def check_greedy(theirs: Any, model: GPT, prompt: Any, n_new: int, n_vocab: int)
         raise UserError(f"the exported model's greedy text leaves ours at token {i}; nothing was exported")
 
 
-class quiet:
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
     """Without the progress bars and messages of transformers, which are about other uses than this one."""
-
-    def __init__(self, transformers: Any) -> None:
-        self.logging = transformers.utils.logging
-
-    def __enter__(self) -> None:
-        self.verbosity = self.logging.get_verbosity()
-        self.bars = self.logging.is_progress_bar_enabled()
-        self.logging.set_verbosity_error()
-        self.logging.disable_progress_bar()
-
-    def __exit__(self, *error: object) -> None:
-        self.logging.set_verbosity(self.verbosity)
-        if self.bars:
-            self.logging.enable_progress_bar()
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

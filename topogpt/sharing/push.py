@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,16 +81,12 @@ def push(
         return attempt(what, call, repo_id, remedy, say)
 
     with reported(say):
-        do(
-            "creating the repository",
-            lambda: api.create_repo(repo_id, private=private or None, exist_ok=True),
-        )
+        create = partial(api.create_repo, repo_id, private=private or None, exist_ok=True)
+        do("creating the repository", create)
         info = do("looking at the repository", lambda: api.model_info(repo_id))
         check_ours(info, folder, repo_id, private)
-        commit = do(
-            "uploading",
-            lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"step {step:,}"),
-        )
+        content = {"folder_path": folder, "commit_message": f"step {step:,}"}
+        commit = do("uploading", partial(api.upload_folder, repo_id=repo_id, **content))
         do("tagging", lambda: tag(api, repo_id, f"step-{step}", commit.oid))
     return f"{api.endpoint}/{repo_id}"
 

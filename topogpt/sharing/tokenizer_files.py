@@ -25,44 +25,20 @@ def write_tokenizer(folder: Path, words: Tokenizer, block_size: int) -> None:
     special = {"content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False}
     special |= {"normalized": False, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    write(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": EOT, **special}],
-            "normalizer": None,
-            "pre_tokenizer": level,
-            "post_processor": level | {"trim_offsets": False},
-            "decoder": level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": "",
-                "end_of_word_suffix": "",
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "vocab": json.loads(encoder.read_bytes()),
-                "merges": [" ".join(pair) for pair in merges],  # older readers know this form only
-            },
-        },
-    )
+    model = {"type": "BPE", "dropout": None, "unk_token": None}
+    model |= {"continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}
+    model |= {"byte_fallback": False, "vocab": json.loads(encoder.read_bytes())}
+    model |= {"merges": [" ".join(pair) for pair in merges]}  # older readers know this form only
+    words_and_rules = {"version": "1.0", "truncation": None, "padding": None}
+    words_and_rules |= {"added_tokens": [{"id": EOT, **special}], "normalizer": None, "pre_tokenizer": level}
+    words_and_rules |= {"post_processor": level | {"trim_offsets": False}, "decoder": level, "model": model}
+    write(folder / "tokenizer.json", words_and_rules)
     eot = special["content"]
     names = {f"{role}_token": eot for role in ("bos", "eos", "unk")}
     write(folder / "special_tokens_map.json", names)
-    write(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": block_size,
-            "added_tokens_decoder": {str(EOT): special},
-            **names,
-        },
-    )
+    options = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+    options |= {"clean_up_tokenization_spaces": False, "model_max_length": block_size}
+    write(folder / "tokenizer_config.json", options | {"added_tokens_decoder": {str(EOT): special}} | names)
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:

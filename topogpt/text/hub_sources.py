@@ -179,12 +179,9 @@ class Stream:
         self.description = recorded(cfg, asked, lambda: {"revision": find_commit(cfg.dataset, cfg.revision)})
 
     def unit(self, index: int) -> Unit:
-        return Unit(
-            name=f"{index:08d}",
-            origin=json.dumps([self.description, self.delete]),
-            path=str(self.parts / f"{index:08d}.jsonl"),
-            text_bytes=sources.UNIT_BYTES,
-        )
+        name, origin = f"{index:08d}", json.dumps([self.description, self.delete])
+        path = str(self.parts / f"{name}.jsonl")
+        return Unit(name=name, origin=origin, path=path, text_bytes=sources.UNIT_BYTES)
 
     def n_units(self) -> int | None:
         """How many there are, once the stream has been read to its end."""

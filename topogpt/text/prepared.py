@@ -50,17 +50,11 @@ def locked(out: Path, rank: int) -> Iterator[None]:
 def describe(cfg: PrepareConfig, source: Any, val_fraction: float) -> dict:
     """The part of the manifest that is known before the work; runs with another one need another folder."""
     return {
-        "format": parts.FORMAT,
-        "source": source.description,
-        "text_column": cfg.text_column,
-        "tokenizer": "gpt2",
-        "tokenizer_sha256": VOCABULARY,
-        "eot": tokenizer.EOT,
-        "val_fraction": val_fraction,
-        "split_rule": SPLIT_RULE,
-        "max_tokens": cfg.max_tokens,
+        "format": parts.FORMAT, "source": source.description, "text_column": cfg.text_column,
+        "tokenizer": "gpt2", "tokenizer_sha256": VOCABULARY, "eot": tokenizer.EOT,
+        "val_fraction": val_fraction, "split_rule": SPLIT_RULE, "max_tokens": cfg.max_tokens,
         "shard_size": cfg.shard_size,
-    }
+    }  # fmt: skip
 
 
 def check_prepared(out: Path, wanted: dict) -> None:
