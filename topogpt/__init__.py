@@ -3,6 +3,7 @@
     run = topogpt.load("out/demo")                          # a run, an exported folder, USER/NAME
     maps = topogpt.activations(run, ["The cortex is a sheet."])          # sheet -> (tokens, height, width)
     topogpt.SpatialLoss(positions)(activations)                          # TopoLM's loss on anybody's model
+    topogpt.TopoLoss([topogpt.LaplacianPyramid("fc", 8.0, 8.0)]).compute(model)                   # TopoNets'
 
 Importing it takes neither torch nor numpy: a name's module is imported when the name is first used.
 """
@@ -17,15 +18,29 @@ if TYPE_CHECKING:  # for editors and type checkers; HOME says the same to Python
     from topogpt.model.gpt import GPT
     from topogpt.settings import GPTConfig
     from topogpt.spatial.standalone import SpatialLoss
+    from topogpt.spatial.topoloss import (
+        ChainedTauScheduler,
+        LaplacianPyramid,
+        LaplacianPyramidOnBias,
+        LaplacianPyramidOnInput,
+        TauScheduler,
+        TopoLoss,
+    )
     from topogpt.topo import grid_shape, morans_i, on_grid, positions
     from topogpt.topography import Topography, load_topography
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChainedTauScheduler",
     "GPT",
     "GPTConfig",
+    "LaplacianPyramid",
+    "LaplacianPyramidOnBias",
+    "LaplacianPyramidOnInput",
     "Run",
     "SpatialLoss",
+    "TauScheduler",
+    "TopoLoss",
     "Topography",
     "UserError",
     "__version__",
@@ -49,6 +64,8 @@ HOME = {
     "model.gpt": "GPT",
     "settings": "GPTConfig",
     "spatial.standalone": "SpatialLoss",
+    "spatial.topoloss": "ChainedTauScheduler LaplacianPyramid LaplacianPyramidOnBias LaplacianPyramidOnInput "
+    "TauScheduler TopoLoss",
     "topo": "grid_shape morans_i on_grid positions",
     "topography": "Topography load_topography",
 }

@@ -4,9 +4,9 @@ The mean over the weights of a linear layer of |W_ij| times the distance between
 connects. Its inputs lie on one sheet and its outputs on another, laid over each other: each is scaled to the
 unit square, so that sizes may differ. Of a GPT's block these are mlp.c_fc, from the sheet of the stream
 (n_embd units) to that of the hidden units (4 * n_embd), and mlp.c_proj, back from there: give both as
-modules, "*.mlp.c_fc" and "*.mlp.c_proj". attn.c_attn puts out queries, keys and values, so three sheets and not one:
-leave it out. The sheets are row by row; with identity positions the outputs' sheet of mlp.c_proj is the one
-whose activations are shown.
+modules, "*.mlp.c_fc" and "*.mlp.c_proj". attn.c_attn puts out queries, keys and values, so three sheets and
+not one: leave it out. The sheets are row by row; with identity positions the outputs' sheet of mlp.c_proj is
+the one whose activations are shown.
 """
 
 import numpy as np
