@@ -89,7 +89,7 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
             # ---- once in a while: log this step; the one place where the host waits for the device
             if (step + 1) % cfg.log_every == 0:
                 means = ranks.mean(torch.stack([*done.losses, done.grad_norm, skipped_in_a_row])).tolist()
-                progress.log_step(t, step + 1, progress.Means(*means), clock.read(step + 1), log)
+                progress.log_step(t, step + 1, means, clock.read(step + 1), log)
         progress.say_goodbye(run, state, log, early=stopped_early, told=told_to_stop)
         if cfg.push_to_hf and not told_to_stop:
             publish(run, cfg, log)

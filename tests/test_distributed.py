@@ -22,7 +22,13 @@ from train import train
 
 # A learning rate so large that validation gets worse and training stops early. Micro-batches are of two
 # sequences with one rank as with two, so each holds the same sequences, neighbourhoods and dropout.
-STORMY = {"max_steps": 40, "eval_every": 3, "patience": 2, "optim": {"lr": 0.1, "min_lr": 0.1}}
+STORMY = {
+    "max_steps": 40,
+    "eval_every": 3,
+    "patience": 2,
+    "optim": {"lr": 0.1, "min_lr": 0.1},
+    "topo": {"loss": "topolm+toponets+wiring", "factor_h": 4.0, "factor_w": 4.0},  # of both kinds
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def assert_close_records(ours: list[dict], theirs: list[dict], rtol: float = 1e-
 
 
 def test_two_ranks_report_what_one_rank_with_twice_the_micro_steps_reports(one_rank, two_ranks):
-    keys = {"cross_entropy", "spatial_loss", "loss", "lr", "grad_norm", "tokens"}
+    keys = {"cross_entropy", "spatial_loss", "toponets", "wiring", "loss", "lr", "grad_norm", "tokens"}
     assert keys <= tiny.records(one_rank, "train")[0].keys()
     for split in ("train", "val"):
         assert_close_records(tiny.records(two_ranks, split), tiny.records(one_rank, split))

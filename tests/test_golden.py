@@ -84,6 +84,8 @@ PARAMETERS = {
     "debug.yaml": 8_258_832,
     "demo.yaml": 8_258_832,
     "topolm.yaml": 128_771_216,
+    "toponets.yaml": 124_373_760,
+    "toponets_control.yaml": 124_373_760,
     "topolm_10b.yaml": 128_771_216,
 }
 LOSSES = {  # split, step -> cross-entropy, spatial loss; Moran's I

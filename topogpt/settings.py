@@ -7,7 +7,7 @@ from typing import Literal
 from topogpt import topo
 from topogpt.errors import UserError, check_at_least
 
-OBJECTIVES = ("topolm",)  # spatial losses: a file of topogpt/spatial each
+OBJECTIVES = ("topolm", "toponets", "neighbour", "wiring")  # spatial losses: a file of topogpt/spatial each
 N_VOCAB = 50257  # GPT-2's tokens; an embedding has more rows, as padding
 
 
@@ -43,10 +43,16 @@ class GPTConfig:
 class TopoConfig:
     """The sheets and the spatial loss on them."""
 
-    loss: str = "topolm"  # spatial loss added to the cross-entropy: topolm; none = the control
-    weight: float = 2.5  # weight of the spatial loss, summed over sheets
-    weight_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear: warm-up; cosine: to 0
-    weight_warmup_steps: int = 0  # steps of the linear warm-up of the weight
+    loss: str = "topolm"  # topolm, toponets, neighbour, wiring; several joined by +; none = the control
+    weight: float = 2.5  # of topolm's loss, summed over sheets
+    tau: float = 1.0  # of toponets' loss, the mean over layers
+    neighbour_weight: float = 1.0  # of neighbour's loss, the mean over layers
+    wiring_weight: float = 1.0  # of wiring's loss, the mean over layers
+    weight_schedule: Literal["constant", "linear", "cosine", "chained"] = "constant"  # share of all weights
+    weight_warmup_steps: int = 0  # of linear and chained (from 0 up); cosine, and chained then, go to 0
+    modules: tuple[str, ...] = ("*.mlp.c_fc",)  # whose weights toponets, neighbour and wiring look at
+    factor_h: float = 8.0  # toponets compares a sheet with itself, this many times lower and back
+    factor_w: float = 8.0  # the same for its width
     positions: Literal["permuted", "identity"] = "permuted"  # at random, fixed, per sheet; or in order
     seed: int = 0  # of the positions
     radius: int = 5  # a neighbourhood is the units at linf distance < radius of a centre (5: 9x9 units)
@@ -54,20 +60,38 @@ class TopoConfig:
     distance: Literal["l2", "l1", "linf"] = "l2"  # between units, inside a neighbourhood
 
     def __post_init__(self) -> None:
-        if self.loss not in ("none", *OBJECTIVES):
-            names = ", ".join(("none", *OBJECTIVES))
-            raise UserError(f"topo.loss = {self.loss} is no spatial loss of ours; give one of {names}")
-        check_at_least("topo.weight", self.weight, 0)
+        for name in self.objectives:
+            if name not in OBJECTIVES or self.objectives.count(name) > 1:
+                names = ", ".join(("none", *OBJECTIVES))
+                raise UserError(
+                    f"topo.loss = {self.loss} is no spatial loss of ours; give one of {names}, or several of "
+                    "them, each once, joined by +"
+                )
+        for name in ("weight", "tau", "neighbour_weight", "wiring_weight"):
+            check_at_least(f"topo.{name}", getattr(self, name), 0)
+        for name in ("factor_h", "factor_w"):
+            check_at_least(f"topo.{name}", getattr(self, name), 1)
+        if not self.modules:
+            raise UserError("topo.modules is empty; name modules, such as --topo.modules '*.mlp.c_fc'")
         check_at_least("topo.weight_warmup_steps", self.weight_warmup_steps, 0)
         check_at_least("topo.radius", self.radius, 2)
         check_at_least("topo.neighbourhoods", self.neighbourhoods, 0)
-        if self.weight_warmup_steps and self.weight_schedule != "linear":
+        warms_up = self.weight_schedule in ("linear", "chained")
+        if self.weight_warmup_steps and not warms_up:
             raise UserError(
                 f"topo.weight_warmup_steps = {self.weight_warmup_steps} has no effect with "
                 f"topo.weight_schedule = {self.weight_schedule}; use --topo.weight_schedule linear"
             )
-        if self.weight_schedule == "linear" and not self.weight_warmup_steps:
-            raise UserError("topo.weight_schedule = linear has no effect without --topo.weight_warmup_steps")
+        if warms_up and not self.weight_warmup_steps:
+            raise UserError(
+                f"topo.weight_schedule = {self.weight_schedule} has no effect without "
+                "--topo.weight_warmup_steps"
+            )
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the losses that are trained; none of them in a control."""
+        return () if self.loss == "none" else tuple(self.loss.split("+"))
 
 
 @dataclass(frozen=True, kw_only=True)

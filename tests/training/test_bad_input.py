@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from topogpt.config import to_yaml
+from topogpt.training import preflight
 from train import train
 
 OLD = "old"  # a run that exists
@@ -287,7 +288,7 @@ def test_a_mistake_in_another_process_than_the_first_is_told_as_well(workplace, 
     assert "batch_size = 8" in done.stderr and "3 processes" in done.stderr
 
 
-def test_settings_of_a_checkpoint_that_are_gone_from_the_code_do_not_end_in_a_traceback(workplace):
+def test_settings_that_a_checkpoint_does_not_know_had_their_defaults(workplace):
     """A run of an older version, whose state.json lacks a key that is compared."""
     state = workplace / "out" / "old" / "checkpoints" / "step-000006" / "state.json"
     text = state.read_text()
@@ -295,7 +296,10 @@ def test_settings_of_a_checkpoint_that_are_gone_from_the_code_do_not_end_in_a_tr
     del content["config"]["topo"]["distance"]
     try:
         state.write_text(json.dumps(content))
-        done = command(workplace, flags("--run_name old --resume"))
+        done = command(workplace, flags("--run_name old --resume --topo.distance linf"))
     finally:
         state.write_text(text)
-    assert done.returncode == 2 and "topo.distance" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "topo.distance = linf, but the run was started with l2" in done.stderr
+    now = tiny.config(workplace, OLD).topo
+    preflight.check_same_section(now, "topo", content["config"]["topo"])  # raises nothing

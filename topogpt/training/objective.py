@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from topogpt.distributed import Ranks
+from topogpt.errors import UserError
 from topogpt.model.gpt import GPT
-from topogpt.settings import TopoConfig, TrainConfig
+from topogpt.settings import TrainConfig
 
 FLASH = [SDPBackend.FLASH_ATTENTION]
 ANY = [*FLASH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-MEASURED = "topolm"  # what is measured on the sheets of a control
+MEASURED = "topolm"  # what is measured on the sheets of a run that trains no loss on its activations
 
 
-def spatial_loss(cfg: TopoConfig, positions: Mapping[str, np.ndarray]) -> nn.Module:
+def loss_class(name: str) -> type[nn.Module]:
     """The spatial loss that topo.loss names: `LOSS` of the file of that name in spatial/."""
-    name = MEASURED if cfg.loss == "none" else cfg.loss
-    return importlib.import_module(f"topogpt.spatial.{name}").LOSS(cfg, positions)
+    return importlib.import_module(f"topogpt.spatial.{name}").LOSS
 
 
 class Objective(nn.Module):
@@ -31,8 +31,17 @@ class Objective(nn.Module):
     ) -> None:
         """positions: sheet -> (n_units, 2)."""
         super().__init__()
-        self.model, self.spatial = model, spatial_loss(cfg.topo, positions)
-        self.with_spatial = cfg.topo.loss != "none"
+        self.model = model
+        named = {name: loss_class(name) for name in cfg.topo.objectives}
+        try:
+            self.of_weights = {n: c(cfg.topo, model) for n, c in named.items() if hasattr(c, "of_weights")}
+        except ValueError as error:
+            raise UserError(f"topo.loss = {cfg.topo.loss}: {error}") from None
+        of_activations = [name for name in named if name not in self.of_weights]
+        if len(of_activations) > 1:
+            raise UserError(f"topo.loss = {cfg.topo.loss}: one loss on activations at a time; leave one out")
+        self.with_spatial = bool(of_activations)
+        self.spatial = loss_class(*of_activations or [MEASURED])(cfg.topo, positions)
         bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and ranks.device.type == "cuda")
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # of matrix products
         self.flash = bfloat16 and ranks.has_flash  # no other attention kernel, so that none is slow unseen
@@ -53,6 +62,10 @@ class Objective(nn.Module):
         if chosen is None:
             return out.loss, out.loss.new_zeros(len(self.spatial.sheets))
         return out.loss, self.spatial(out.activations, chosen)
+
+    def loss_of_weights(self, name: str) -> Tensor:
+        """A loss on weights alone, its mean over layers; once a step, as no micro-batch changes it."""
+        return self.of_weights[name](self.model).mean()
 
     def describe(self, compiled: bool) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

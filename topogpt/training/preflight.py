@@ -89,8 +89,7 @@ def check_run_folder(cfg: TrainConfig) -> None:
 def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str) -> None:
     """Refuse to continue a run with another model, topography, data or order of the data."""
     for section in ("model", "topo"):
-        for key, now in dataclasses.asdict(getattr(cfg, section)).items():
-            refuse_change(f"{section}.{key}", saved["config"][section].get(key), now)
+        check_same_section(getattr(cfg, section), section, saved["config"][section])
     for key in ("seed", "batch_size"):
         refuse_change(key, saved["config"][key], getattr(cfg, key))
     for key, now in (("train_data_dir", train), ("val_data_dir", val)):
@@ -100,6 +99,14 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
                 f"{now[:12]}, was {saved['data'][key][:12]}); give the old data, or start a new run with "
                 "another --run_name"
             )
+
+
+def check_same_section(now: Any, section: str, saved: dict[str, Any]) -> None:
+    """A setting that was not there when the run was started had its default."""
+    for f in dataclasses.fields(now):
+        was = saved.get(f.name, f.default)
+        was = tuple(was) if isinstance(was, list) else was  # as JSON has them
+        refuse_change(f"{section}.{f.name}", was, getattr(now, f.name))
 
 
 def refuse_change(key: str, was: Any, now: Any) -> None:

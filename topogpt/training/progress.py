@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from topogpt import topo
 from topogpt.errors import UserError
@@ -68,25 +67,23 @@ class Clock:
         return speed
 
 
-class Means(NamedTuple):
-    """Of a training step, over ranks and micro-batches."""
+def log_step(t: Training, step: int, means: list[float], speed: dict[str, float], log: RunLog) -> None:
+    """Record the training step that was the step-th, and how fast it was.
 
-    cross_entropy: float
-    spatial_loss: float  # per sheet
-    grad_norm: float
-    skipped_in_a_row: float
-
-
-def log_step(t: Training, step: int, means: Means, speed: dict[str, float], log: RunLog) -> None:
-    """Record the training step that was the step-th, and how fast it was."""
-    cfg, (cross_entropy, spatial_loss, grad_norm, skipped) = t.cfg, means
-    lr, weight = lr_at(cfg.optim, step - 1, cfg.max_steps), weight_at(cfg.topo, step - 1, cfg.max_steps)
-    n_sheets = len(t.objective.positions)
-    values = {"step": step, "split": "train", "cross_entropy": cross_entropy, "loss": cross_entropy}
+    means: over ranks and micro-batches, as the loop stacks them: cross-entropy, spatial loss per sheet, each
+        loss on weights, norm of the gradient, steps skipped in a row.
+    """
+    cfg, (cross_entropy, spatial_loss, *of_weights, grad_norm, skipped) = t.cfg, means
+    found = dict(zip(t.objective.of_weights, of_weights, strict=True))
+    lr = lr_at(cfg.optim, step - 1, cfg.max_steps)
+    loss = total_loss(t, step - 1, cross_entropy, spatial_loss, found)
+    values = {"step": step, "split": "train", "cross_entropy": cross_entropy, "loss": loss}
     text = f"cross-entropy {cross_entropy:.4f}"
-    if cfg.topo.loss != "none":
-        values |= {"spatial_loss": spatial_loss, "loss": cross_entropy + weight * n_sheets * spatial_loss}
+    if t.objective.with_spatial:
+        values |= {"spatial_loss": spatial_loss}
         text += f"  spatial {spatial_loss:.4f}"
+    values |= found
+    text += "".join(f"  {name} {value:.4f}" for name, value in found.items())
     values |= {"lr": lr, "grad_norm": grad_norm, "skipped_in_a_row": int(skipped)}
     values |= {"tokens": step * cfg.batch_size * cfg.model.block_size, **speed}
     log.record(values)
@@ -105,6 +102,18 @@ def log_step(t: Training, step: int, means: Means, speed: dict[str, float], log:
         )
         log.write(message)
         raise UserError(message)
+
+
+def total_loss(
+    t: Training, step: int, cross_entropy: float, spatial_loss: float, of_weights: dict[str, float]
+) -> float:
+    """What is minimised at a step: the cross-entropy and the spatial losses with their weights then."""
+    weights = {name: weight_at(t.cfg.topo, step, t.cfg.max_steps, name) for name in of_weights}
+    loss = cross_entropy
+    if t.objective.with_spatial:
+        n_sheets = len(t.objective.positions)
+        loss += weight_at(t.cfg.topo, step, t.cfg.max_steps) * n_sheets * spatial_loss
+    return loss + sum(weights[name] * value for name, value in of_weights.items())
 
 
 def say_goodbye(run: Path, state: TrainState, log: RunLog, *, early: bool, told: bool) -> None:

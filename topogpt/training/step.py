@@ -17,7 +17,8 @@ from topogpt.training.setup import Training
 class Step(NamedTuple):
     """What a step came to, on the device of this rank."""
 
-    losses: Tensor  # (2,): cross-entropy and spatial loss per sheet, means over this rank's micro-batches
+    losses: Tensor  # cross-entropy and spatial loss per sheet, means over this rank's micro-batches; and
+    # each loss on weights, its mean over layers, in the order of Objective.of_weights
     grad_norm: Tensor  # before clipping
     skip: Tensor  # 1 where the gradient was not finite and nothing was changed, else 0
 
@@ -37,9 +38,27 @@ def optimizer_step(t: Training, step: int, batches: Sequence[MicroBatch]) -> Ste
             ce, spatial = t.parallel(batch.tokens, batch.targets, chosen)
             ((ce + weight * spatial.sum()) / len(batches)).backward()
         losses += torch.stack([ce, spatial.mean()]).detach() / len(batches)
+    of_weights = add_losses_of_weights(t, step)
     grad_norm = nn.utils.clip_grad_norm_(t.model.parameters(), cfg.optim.grad_clip or torch.inf)
     skip = (~grad_norm.isfinite()).float()
     t.optimizer.found_inf = skip  # the fused kernel leaves everything as it is where this is 1
     t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)
-    return Step(losses, grad_norm, skip)
+    return Step(torch.cat([losses, *of_weights]), grad_norm, skip)
+
+
+def add_losses_of_weights(t: Training, step: int) -> list[Tensor]:
+    """Add the gradients of the losses on weights alone to what all ranks share; return the losses, (1,) each.
+
+    Every rank has the same weights, so each adds the same numbers after the reduction, past DDP's hooks.
+    """
+    found, parameters = [], list(t.model.parameters())
+    for name in t.objective.of_weights:
+        loss = weight_at(t.cfg.topo, step, t.cfg.max_steps, name) * (
+            value := t.objective.loss_of_weights(name)
+        )
+        for p, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if grad is not None:
+                p.grad.add_(grad)
+        found.append(value.detach().reshape(1))
+    return found

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from topogpt.spatial.schedule import weight_at
 from topogpt.text.loader import Corpus, fixed_batches
 from topogpt.training import maps
 from topogpt.training.log import RunLog
+from topogpt.training.progress import total_loss
 from topogpt.training.setup import Training
 
 N_MAPS = 64  # tokens of the first validation text whose maps are looked at
@@ -50,15 +50,16 @@ def report(t: Training, values: Values, corpus: Corpus, run: Path, log: RunLog) 
     grids = maps.token_maps(t.model, torch.from_numpy(text), t.objective.positions, N_MAPS)
     by_sheet = maps.mean_morans_i(grids)
     moran = sum(by_sheet.values()) / len(by_sheet)
-    loss = values.cross_entropy
-    if cfg.topo.loss != "none":
-        loss += weight_at(cfg.topo, state.step, cfg.max_steps) * len(by_sheet) * values.spatial_loss
+    with torch.no_grad():
+        of_weights = {name: t.objective.loss_of_weights(name).item() for name in t.objective.of_weights}
+    loss = total_loss(t, state.step, values.cross_entropy, values.spatial_loss, of_weights)
     log.record(
         {
             "step": state.step,
             "split": "val",
             "cross_entropy": values.cross_entropy,
             "spatial_loss": values.spatial_loss,
+            **of_weights,
             "loss": loss,
             "moran": moran,
             "moran_by_sheet": by_sheet,
