@@ -168,6 +168,13 @@ def test_autocast_changes_nothing_and_bfloat16_little(kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
+def test_it_goes_where_the_model_is(kind):
+    loss = kind(config(), gpt())
+    assert loss(gpt().to("meta")).device.type == "meta"
+    assert all(buffer.is_meta for buffer in loss.buffers())
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 def test_it_is_captured_whole_by_a_compiler(kind):
     model = gpt()
     loss = kind(config(), model)

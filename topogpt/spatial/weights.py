@@ -77,7 +77,9 @@ class WeightLoss(nn.Module):
 
     def forward(self, model: nn.Module) -> Tensor:
         """Loss of each layer, (n_layers,), of at least float32, also under autocast."""
-        losses = []
+        device, losses = model.get_submodule(self.layers[0]).weight.device, []
+        if any(buffer.device != device for buffer in self.buffers()):
+            self.to(device)  # once, wherever the model was moved to
         for name in self.layers:
             weight = model.get_submodule(name).weight
             with torch.autocast(weight.device.type, enabled=False):
