@@ -7,7 +7,14 @@ reach that a loss on a sheet can have, to compare TopoNets with. Training adds t
 import torch
 from torch import Tensor, nn
 
-from topogpt.spatial.weights import WeightConfig, WeightLoss, at_least_float32, output_sheet, scales
+from topogpt.spatial.weights import (
+    WeightConfig,
+    WeightLoss,
+    at_least_float32,
+    no_autocast,
+    output_sheet,
+    scales,
+)
 from topogpt.topo import grid_shape
 
 
@@ -27,7 +34,7 @@ def neighbour_loss(sheet: Tensor) -> Tensor:
     h, w, _ = sheet.shape
     if h * w < 2:
         raise ValueError(f"a sheet of {h}x{w} units has no neighbours")
-    with torch.autocast(sheet.device.type, enabled=False):
+    with no_autocast(sheet):
         unit = sheet * scales(sheet)[..., None]  # directions
         rows, columns = (band(n, sheet) for n in (h, w))
         around = torch.matmul(columns, (rows @ unit.reshape(h, -1)).view(unit.shape))  # of 3x3 units, summed

@@ -30,7 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from topogpt.spatial.toponets import Interpolation, blur_of, check_factors, toponets_loss
-from topogpt.spatial.weights import at_least_float32, bias_sheet, cosines, input_sheet, output_sheet
+from topogpt.spatial.weights import (
+    at_least_float32,
+    bias_sheet,
+    cosines,
+    input_sheet,
+    no_autocast,
+    output_sheet,
+)
 
 Mode = Literal["linear", "cosine_decay"]
 
@@ -124,7 +131,7 @@ class LaplacianPyramidOnBias(LaplacianPyramid):
         sheet = at_least_float32(self.sheet(layer))
         h, w, _ = sheet.shape
         blur = blur_of(h, w, self.factor_h, self.factor_w, self.interpolation, sheet.device)
-        with torch.autocast(sheet.device.type, enabled=False):
+        with no_autocast(sheet):
             return 1 - cosines(sheet.flatten(), blur(sheet).flatten())
 
 
