@@ -30,7 +30,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["topogpt*"]),
-    package_data={"": ["py.typed", "*.jinja"]},
+    package_data={"": ["py.typed", "*.pyi", "*.jinja"]},
     install_requires=[
         "torch>=2.11,<3",
         "numpy<3",

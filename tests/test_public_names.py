@@ -35,10 +35,10 @@ def test_every_name_is_there_and_documented(name):
 
 
 def test_the_names_of_type_checkers_are_those_of_python():
-    tree = ast.parse((tiny.ROOT / "topogpt" / "__init__.py").read_text())
-    blocks = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    # from topogpt.topo import grid_shape
-    typed = {(node.module, alias.name) for block in blocks for node in block.body for alias in node.names}
+    tree = ast.parse((tiny.ROOT / "topogpt" / "__init__.pyi").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    typed = {(node.module, alias.name) for node in imports for alias in node.names}
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)  # shown to others
     lazy = {(f"topogpt.{home}", name) for home, names in topogpt.HOME.items() for name in names.split()}
     assert typed == lazy
     assert sorted({name for _, name in lazy} | {"__version__"}) == sorted(topogpt.__all__)

@@ -7,7 +7,14 @@ reach that a loss on a sheet can have, to compare TopoNets with. Training adds t
 import torch
 from torch import Tensor, nn
 
-from topogpt.spatial.weights import WeightConfig, WeightLoss, at_least_float32, output_sheet, scales
+from topogpt.spatial.weights import (
+    WeightConfig,
+    WeightLoss,
+    at_least_float32,
+    no_autocast,
+    output_sheet,
+    scales,
+)
 from topogpt.topo import grid_shape
 
 
@@ -27,15 +34,17 @@ def neighbour_loss(sheet: Tensor) -> Tensor:
     h, w, _ = sheet.shape
     if h * w < 2:
         raise ValueError(f"a sheet of {h}x{w} units has no neighbours")
-    unit = sheet * scales(sheet)[..., None]  # directions
-    pairs = [
-        (unit[1:], unit[:-1]),  # below
-        (unit[:, 1:], unit[:, :-1]),  # to the right
-        (unit[1:, 1:], unit[:-1, :-1]),  # to the lower right
-        (unit[1:, :-1], unit[:-1, 1:]),  # to the lower left
-    ]
-    total = torch.stack([torch.linalg.vecdot(a, b).sum() for a, b in pairs]).sum()
-    return 1 - total / n_pairs(h, w)
+    with no_autocast(sheet):
+        unit = sheet * scales(sheet)[..., None]  # directions
+        rows, columns = (band(n, sheet) for n in (h, w))
+        around = torch.matmul(columns, (rows @ unit.reshape(h, -1)).view(unit.shape))  # of 3x3 units, summed
+        twice = torch.linalg.vecdot(unit, around - unit).sum()  # every pair is seen from both of its units
+    return 1 - twice / (2 * n_pairs(h, w))
+
+
+def band(n: int, like: Tensor) -> Tensor:
+    """(n, n): 1 where two rows, or columns, of a sheet are the same or side by side."""
+    return torch.ones(n, n, dtype=like.dtype, device=like.device).tril(1).triu(-1)
 
 
 def n_pairs(h: int, w: int) -> int:

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topogpt.spatial.weights import WeightConfig, WeightLoss, at_least_float32, cosines, output_sheet
+from topogpt.spatial.weights import (
+    WeightConfig,
+    WeightLoss,
+    at_least_float32,
+    cosines,
+    no_autocast,
+    output_sheet,
+)
 from topogpt.topo import grid_shape
 
 Interpolation = Literal["bilinear", "nearest", "nearest-exact", "bicubic", "area"]
@@ -69,7 +76,7 @@ def toponets_loss(
     """
     sheet = at_least_float32(sheet)
     h, w, _ = sheet.shape
-    with torch.autocast(sheet.device.type, enabled=False):
+    with no_autocast(sheet):
         blurred = blur_of(h, w, factor_h, factor_w, interpolation, sheet.device)(sheet)
         return 1 - cosines(sheet, blurred).mean()
 

@@ -4,6 +4,7 @@ Unit i lies in cell i, row by row, of the most nearly square grid (topo.grid_sha
 here needs activations or data, so such a loss costs the same for every batch size.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -45,6 +46,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """What follows is computed in the dtype it has, also where the caller's is not."""
+    kind = x.device.type
+    available = torch.amp.is_autocast_available(kind)  # not on meta
+    return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
+
+
 def scales(vectors: Tensor) -> Tensor:
     """One over the lengths of vectors along the last axis, (..., depth) -> (...); 0 where one is zero."""
     squares = torch.linalg.vecdot(vectors, vectors)
@@ -77,10 +85,12 @@ class WeightLoss(nn.Module):
 
     def forward(self, model: nn.Module) -> Tensor:
         """Loss of each layer, (n_layers,), of at least float32, also under autocast."""
-        losses = []
+        device, losses = model.get_submodule(self.layers[0]).weight.device, []
+        if any(buffer.device != device for buffer in self.buffers()):
+            self.to(device)  # once, wherever the model was moved to
         for name in self.layers:
             weight = model.get_submodule(name).weight
-            with torch.autocast(weight.device.type, enabled=False):
+            with no_autocast(weight):
                 losses.append(self.of_layer(name, at_least_float32(weight)))
         return torch.stack(losses)
 
