@@ -1,0 +1,392 @@
+"""Timescales: over how many words does a unit integrate? One word is swapped, and the units are watched.
+
+    python -m evals.timescales out/topolm --control out/control
+    python -m evals.timescales out/topolm --substitutes fills.csv --n_sequences 100
+
+The procedure of Skrill & Norman-Haignere (NeurIPS 2023), which TopoNets maps: D[k, t] is the mean over
+sequences of |activation at word t - the same with word k swapped|, a word's activation the mean over its
+tokens; theta(delta) = D[t - delta, t] / D[t, t], the median over t; and theta is fitted by
+c (delta + 1)^-a + (1 - c) e^(-b delta): a power law (long windows) mixed with an exponential (short ones).
+Their division of D by the median of its diagonal cancels in theta, so it is left out. Every swapped sequence
+is read from its first word up to the last lag, as a model's cache of keys goes on by single tokens only.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from topogpt import drawing
+from topogpt.analysis import decay, plots, swaps
+from topogpt.analysis.activations import batches
+from topogpt.analysis.measures import smooth, smoothing
+from topogpt.analysis.nulls import moran_of_sheets
+from topogpt.analysis.results import Outcome, Result
+from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels, need
+from topogpt.analysis.subject import MoranConfig, Subject, protocol_of
+from topogpt.analysis.swaps import Swappable
+from topogpt.analysis.untrained import untrained
+from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.terminal import progress
+
+FIRST = 2  # word that is swapped first: the original keeps times t with all t - delta > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimescalesConfig(MoranConfig):
+    """Measure over how many words units integrate: python -m evals.timescales RUN [--control RUN]."""
+
+    text: str | None = None  # held-out text: a .txt file or shards; None: the run's validation shards
+    n_sequences: int = 24  # of words in lower case without punctuation, each within a document
+    n_words: int = 50  # of a sequence (the paper: 600)
+    lags: int = 20  # largest distance in words between the swapped word and the one looked at
+    substitutes: str = "own"  # own: of the model's likeliest next words; or a CSV with word,substitute
+    top_k: int = 5  # of these many likeliest words one is drawn (the paper: of a masked model's 5)
+    untrained: bool = True  # measure a model of the same shape before training, too
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("n_sequences", "top_k"):
+            check_at_least(key, getattr(self, key), 1)
+        check_at_least("lags", self.lags, 3)  # as many points as the curve has parameters, and one more
+        if self.n_words < self.lags + FIRST + 1:
+            raise UserError(
+                f"n_words = {self.n_words} must be at least lags + {FIRST + 1} = {self.lags + FIRST + 1}"
+            )
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+class Differences(NamedTuple):
+    """Mean |difference| that a swap makes."""
+
+    lagged: np.ndarray  # (2, S, n_words, lags + 1, n_units): sums at k and delta; of even, of odd sequences
+    n_swaps: np.ndarray  # (2, n_words): sequences in which word k was swapped
+    before: float  # largest difference at a word before the swapped one: 0 in a causal model
+
+
+def differences(subject: Subject, sequences: Sequence[Swappable], lags: int) -> Differences:
+    """Swap every word that has a substitute, one at a time; the original is read beside them."""
+    import torch
+
+    model, sheets, n_words = subject.model, subject.sheets, len(sequences[0].words)
+    shape = (2, len(sheets), n_words, lags + 1, model.cfg.n_embd)
+    lagged, n_swaps, before = np.zeros(shape, np.float32), np.zeros((2, n_words), int), 0.0
+    with torch.inference_mode():
+        for i, sequence in enumerate(progress(sequences, f"{subject.label}: swapping words")):
+            original = of_words(subject, [sequence.words])[:, 0]  # (S, W, C)
+            ks = list(sequence.substitutes)
+            rows = [
+                [*sequence.words[:k], sequence.substitutes[k], *sequence.words[k + 1 : k + lags + 1]]
+                for k in ks
+            ]
+            for batch in batches([1 + sum(map(len, row)) for row in rows]):
+                swapped = of_words(subject, [rows[j] for j in batch])  # (S, B, W, C)
+                for j, x in zip(batch, swapped.swapaxes(0, 1), strict=True):
+                    k, end = ks[j], len(rows[j])
+                    change = np.abs(x[:, :end] - original[:, :end])
+                    lagged[i % 2, :, k, : end - k] += change[:, k:]
+                    n_swaps[i % 2, k] += 1
+                    before = max(before, float(change[:, :k].max()))
+    return Differences(lagged, n_swaps, before)
+
+
+def of_words(subject: Subject, rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Mean over each word's tokens: rows of words -> (S, n_rows, n_words, n_units), padded with zeros."""
+    import torch
+
+    lines = [swaps.flat(row) for row in rows]
+    longest, n_words = max(len(line) for line, _ in lines), max(map(len, rows))
+    if longest > subject.model.cfg.block_size:
+        raise UserError(
+            f"substitutes: a sequence has {longest} tokens with one of them, but the model reads "
+            f"{subject.model.cfg.block_size}; give fewer --n_words"
+        )
+    tokens, weight = (
+        np.zeros((len(rows), longest), np.int64),
+        np.zeros((len(rows), n_words, longest), np.float32),
+    )
+    for r, (line, starts) in enumerate(lines):
+        tokens[r, : len(line)] = line
+        for word, (start, stop) in enumerate(zip(starts, [*starts[1:], len(line)], strict=True)):
+            weight[r, word, start:stop] = 1 / (stop - start)
+    device = subject.model.device
+    named = subject.model(torch.from_numpy(tokens).to(device), activations=True, last_only=True).activations
+    weights = torch.from_numpy(weight).to(device)
+    return np.stack([(weights @ named[sheet].float()).cpu().numpy() for sheet in subject.sheets])
+
+
+class Windows(NamedTuple):
+    theta: np.ndarray  # (S, n_units, lags + 1)
+    times: np.ndarray  # words t that it is the median over
+    silent: np.ndarray  # (S, n_units): answer to no swap at some t, and count as if they forgot at once
+
+
+def windows(lagged: np.ndarray, n_swaps: np.ndarray) -> Windows:
+    """theta of sums (S, n_words, lags + 1, n_units): D[t - delta, t] / D[t, t], the median over t."""
+    n_words, n_lags = lagged.shape[1:3]
+    back = np.arange(n_lags)
+    times = np.array([t for t in range(FIRST + n_lags - 1, n_words) if (n_swaps[t - back] > 0).all()], int)
+    if not len(times):
+        raise UserError(
+            f"substitutes: no {n_lags} words in a row were all swapped in some sequence; give substitutes of "
+            "more words, more --n_sequences, or fewer --lags"
+        )
+    at = times[:, None] - back  # (n_times, n_lags): which word was swapped
+    d = lagged[:, at, back] / n_swaps[at][:, :, None]  # (S, n_times, n_lags, n_units)
+    silent = (d[:, :, 0] == 0).any(1)
+    theta = np.median(d / np.where(d[:, :, :1] == 0, 1, d[:, :, :1]), axis=1).swapaxes(1, 2)
+    theta[silent] = np.eye(1, n_lags)
+    return Windows(theta, times, silent)
+
+
+MEASURES = {
+    "window": ("window (words)", "Sum of theta over all lags: 1 for a unit that knows the last word alone."),
+    "c": ("c: power law", "Share of the power law in the fitted curve: 0 all exponential, 1 all power law."),
+    "a": ("a: its exponent", "The smaller, the longer the window; it says nothing where c is near 0."),
+    "b": (
+        "b: rate per word",
+        "Of the exponential: the smaller, the longer; it says nothing where c is near 1.",
+    ),
+}
+
+
+def measures_of(found: Windows) -> dict[str, np.ndarray]:
+    """Every measure of every unit, (S, n_units), and how much of its curve the fit explains."""
+    theta = found.theta.reshape(-1, found.theta.shape[-1])
+    fit = decay.fit(theta)
+    spread = theta.var(1) * theta.shape[1]
+    explained = np.where(spread > 1e-12, 1 - fit.error / np.maximum(spread, 1e-12), 1.0)
+    values = {"window": theta.sum(1), "c": fit.c, "a": fit.a, "b": fit.b, "explained": explained}
+    return {key: x.reshape(found.silent.shape) for key, x in values.items()}
+
+
+def analyse(cfg: TimescalesConfig, subject: Subject) -> Outcome:
+    need("scipy")
+    found = swaps.read(subject, cfg.text, cfg.n_sequences, cfg.n_words, cfg.vocab_dir)
+    data = {found.source: found.sha256}
+    if cfg.substitutes == "own":
+        made = swaps.of_model(subject.model, found, FIRST, cfg.top_k, cfg.vocab_dir, cfg.seed)
+    else:
+        made, digest = swaps.from_file(cfg.substitutes, found, FIRST, cfg.vocab_dir, cfg.seed)
+        data[cfg.substitutes] = digest
+    seen = differences(subject, made, cfg.lags)
+    curves = windows(seen.lagged.sum(0), seen.n_swaps.sum(0))
+    measured = measures_of(curves)
+    on_sheets = {key: subject.on_grid(measured[key]) for key in MEASURES}
+    diagonal = seen.lagged[:, :, :, 0].sum() / seen.n_swaps.sum() / seen.lagged[0, :, 0, 0].size
+    results: dict[str, Any] = {
+        "text": found.source,
+        "n_sequences": len(made),
+        "n_swaps": int(seen.n_swaps.sum()),
+        "times": [int(curves.times[0]), int(curves.times[-1])],
+        "examples": examples(found, made, cfg.vocab_dir),
+        "before": seen.before / float(diagonal) if diagonal > 0 else None,
+        "reliability": reliability(seen),
+        "model": medians(subject.sheets, curves, measured),
+        "untrained": None,
+        "moran": {
+            key: {
+                str(fwhm): moran_of_sheets(
+                    cfg, subject.sheets, smooth(maps, fwhm, cfg.unit_distance_mm), fwhm
+                )
+                for fwhm in cfg.fwhm_mm
+            }
+            for key, maps in on_sheets.items()
+        },
+    }
+    if cfg.untrained:
+        fresh = differences(untrained(subject, cfg.seed), made, cfg.lags)
+        curves = windows(fresh.lagged.sum(0), fresh.n_swaps.sum(0))
+        results["untrained"] = medians(subject.sheets, curves, measures_of(curves))
+    summary = {}
+    for key, (name, _) in MEASURES.items():
+        summary[f"median {name}"] = results["model"][key]
+        summary |= {f"the same, untrained: {name}": results["untrained"][key]} if cfg.untrained else {}
+        moran = next(iter(results["moran"][key].values()))
+        summary |= {f"Moran's I of {key}": moran["mean"], f"its floor: {key}": moran["floor"]}
+    arrays = {key: maps.astype(np.float32) for key, maps in on_sheets.items()}
+    return Outcome(protocol_of(cfg) | PROTOCOL, data, results, arrays, summary)
+
+
+PROTOCOL = {
+    "words": "runs of letters in lower case, each after a blank, n_words in a row of a document, after EOT",
+    "own_substitutes": "one of the model's own top_k next words in the left context alone, never the word "
+    "itself, with as many tokens, so that no later token changes its position; the paper draws from a masked "
+    "model, which sees both sides",
+    "theta": "D[t - delta, t] / D[t, t], median over all t with t - delta > 1 (words counted from 0)",
+    "fit": "c (delta + 1)^-a + (1 - c) exp(-b delta), least squares, a and b in [0, 10], c in [0, 1], "
+    "from (1, 1, 0.5)",
+    "untrained_model": "same shape at random initialisation, same sequences and swaps",
+    "reliability": "correlation over units of windows from even and from odd sequences, mean over sheets",
+}
+
+
+def medians(sheets: Sequence[str], found: Windows, measured: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Over units: of all, and sheet by sheet."""
+
+    def of(units: Any) -> dict[str, Any]:
+        return {key: float(np.median(measured[key][units])) for key in (*MEASURES, "explained")}
+
+    return {
+        **of(...),
+        "silent": int(found.silent.sum()),
+        "theta": np.median(found.theta, axis=(0, 1)),
+        "by_sheet": {
+            sheet: of(s) | {"theta": np.median(found.theta[s], axis=0)} for s, sheet in enumerate(sheets)
+        },
+    }
+
+
+def reliability(seen: Differences) -> float | None:
+    """Whether a unit's window is its own: correlation of two halves of the sequences, mean over sheets."""
+    if not (seen.n_swaps > 0)[:, FIRST:].all():
+        return None
+    first, second = (windows(d, n).theta.sum(-1) for d, n in zip(seen.lagged, seen.n_swaps, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = [np.corrcoef(x, y)[0, 1] for x, y in zip(first, second, strict=True)]
+    return float(np.mean(found))
+
+
+def examples(found: swaps.Sequences, made: Sequence[Swappable], vocab_dir: str | None) -> list[list[str]]:
+    """The first swaps: word and substitute."""
+    from topogpt.text import tokenizer
+
+    encoding = tokenizer.load(vocab_dir)
+    first = list(made[0].substitutes.items())[:10]
+    return [[found.words[0][k], encoding.decode(tokens).strip()] for k, tokens in first]
+
+
+# ---- what is shown -------------------------------------------------------------------------------
+
+
+ABOUT = (
+    "Over how many words does a unit integrate? One word of a sequence is swapped for a probable other, and "
+    "the change of every unit is followed over the next words: theta is its size at each distance, over "
+    "that at the swapped word. A power law fades slowly (a long window), an exponential fast. A model of the "
+    "same shape before training shows what attention that looks everywhere alike does by itself."
+)
+PUBLISHED = (
+    "For GPT-2 small on sequences of 600 words Skrill & Norman-Haignere (2023) report medians of c "
+    "from 0.108 (layer 1) to 0.274 (layer 11), and of a from 1.02 (layer 3) to 0.51 (layer 12)."
+)
+MAPPED = (
+    "Do units of like windows lie together? Read Moran's I against the floor of white noise smoothed in the "
+    "same way; units that fire together share their windows, too, so a map of activations is enough to make "
+    "one of windows. A map of noise has no order: the reliability says how much of a unit's window two "
+    "halves of the sequences agree on (correlation over units)."
+)
+
+
+def section(found: Sequence[Result]) -> Section:
+    first = found[0].results
+    rows = [
+        [name, *(r.results["model"][key] for r in found), *(of_untrained(r, key) for r in found)]
+        for key, (name, _) in MEASURES.items()
+    ]
+    head = ["median over units", *labels(found), *labels(found, ": untrained")]
+    where = f"{first['n_swaps']:,} swaps in {first['n_sequences']} sequences of {first['text']}"
+    maps = [
+        [f"{key}, {smoothing(fwhm)}", *(r.results["moran"][key][fwhm]["mean"] for r in found), moran["floor"]]
+        for key in MEASURES
+        for fwhm, moran in first["moran"][key].items()
+    ]
+    maps.append(["reliability of windows", *(Number(r.results["reliability"]) for r in found), None])
+    fits = [[r.label, Number(r.results["model"]["explained"]), r.results["model"]["silent"]] for r in found]
+    return Section(
+        "Timescales",
+        [
+            ABOUT,
+            PUBLISHED,
+            Table(head, rows, where[0].upper() + where[1:], [what for _, what in MEASURES.values()]),
+            MAPPED,
+            Table(["Moran's I, mean over sheets", *labels(found), "floor: no map"], maps),
+            Table(["fit", "explained variance (median)", "units that answer to no swap"], fits, folded=True),
+            by_sheet(found),
+        ],
+        [
+            f"{r.label}: words before a swapped one change by up to {r.results['before']:.2g} of the usual "
+            "change at it; a causal model's do not."
+            for r in found
+            if (r.results["before"] or 0) > 1e-2
+        ],
+        cards(found),
+    )
+
+
+def of_untrained(result: Result, key: str) -> Number:
+    fresh = result.results["untrained"]
+    return Number(fresh[key] if fresh else None)
+
+
+def by_sheet(found: Sequence[Result]) -> Table:
+    head, rows = ["sheet"], [[sheet] for sheet in found[0].sheets]
+    for key in MEASURES:
+        for who, about in (("model", ""), ("untrained", ", untrained")):
+            for label, result in zip(labels(found, f": {key}{about}"), found, strict=True):
+                if result.results[who]:
+                    head.append(label)
+                    values = result.results[who]["by_sheet"]
+                    for row in rows:
+                        row.append(Number(values.get(row[0], {}).get(key)))
+    return Table(head, rows, "Every sheet, median over units", folded=True)
+
+
+def cards(found: Sequence[Result]) -> list[Card]:
+    values, fresh = [r.results["model"]["window"] for r in found], found[0].results["untrained"]
+    beside = {"the word alone": 1.0} | ({"untrained": fresh["window"]} if fresh else {})
+    return [Card("Integration window", "median over units", values, beside, 2, " words")]
+
+
+def draw(found: Sequence[Result]) -> Iterator[Drawing]:
+    yield Drawing(
+        "timescales-windows",
+        draw_windows(found),
+        "Left: size of a unit's change, over that at the swapped word, against the distance from it in words "
+        "(median over units; thin lines are sheets). Right: the sum of the curve, the window in words, sheet "
+        "by sheet (median over units). Dashed: a model of the same shape before training; 1: no context.",
+    )
+    for key in ("window", "c", "a", "b"):
+        name, how = MEASURES[key]
+        maps = [r.arrays[key] - np.median(r.arrays[key]) for r in found]
+        limit = float(np.quantile(np.abs(np.stack(maps)), 0.95)) or 1.0
+        middle = ", ".join(f"{np.median(r.arrays[key]):.2f} in {r.label}" for r in found)
+        shown = [plots.maps_of(r, r.label, m) for r, m in zip(found, maps, strict=True)]
+        yield Drawing(
+            f"timescales-{key}",
+            drawing.draw_sheets(shown, f"Integration windows, {name}", f"{key} - median", limit),
+            f"{name} of every unit, less the median of all units ({middle}). {how} {plots.MAPS}",
+            f"Maps: {name}",
+        )
+
+
+def draw_windows(found: Sequence[Result]) -> Any:
+    figure = drawing.new_figure(7.2, 2.7)
+    left, right = figure.subplots(1, 2)
+    fresh = found[0].results["untrained"]
+    for r, colour, marker in zip(found, plots.COLOURS, "os", strict=False):
+        model = r.results["model"]
+        for sheet in model["by_sheet"].values():
+            left.plot(sheet["theta"], color=colour, lw=0.5, alpha=0.3)
+        left.plot(model["theta"], color=colour, lw=2, label=r.label)
+        values = [sheet["window"] for sheet in model["by_sheet"].values()]
+        right.plot(values, marker, ms=3.5, color=colour, label=r.label)
+    if fresh:
+        left.plot(fresh["theta"], "--", color=plots.FLOOR, lw=1.5, label="untrained")
+        values = [sheet["window"] for sheet in fresh["by_sheet"].values()]
+        right.plot(values, "_", color=plots.FLOOR, label="untrained")
+    left.set(
+        xlabel="words since the swapped one", ylabel="change, over that at the swapped word", ylim=(0, 1.02)
+    )
+    right.axhline(1, color=plots.FLOOR, lw=0.8)
+    right.set(xlabel="sheet, in the order of layers", ylabel="window (words)")
+    plots.legend(figure, [left, right])
+    return figure
+
+
+ANALYSIS = Analysis(TimescalesConfig, analyse, section, draw, order=45, costly=True)
+
+if __name__ == "__main__":
+    run_main(ANALYSIS.main)
