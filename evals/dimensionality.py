@@ -8,7 +8,6 @@ independent units of equal variance, 1 where all follow one. The sum of eigenval
 of their squares the trace of C^2, the sum of its squared elements: so nothing is decomposed.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from topogpt.analysis import heldout, plots
+from topogpt.analysis.kinds import by_kind
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels
 from topogpt.analysis.subject import EvalConfig, Subject, protocol_of
@@ -177,9 +177,6 @@ def analyse(cfg: DimensionalityConfig, subject: Subject) -> Outcome:
     by_name = {
         name: d._asdict() | {"untrained": fresh[name].value if fresh else None} for name, d in found.items()
     }
-    kinds: dict[str, list[str]] = {}
-    for name in by_name:
-        kinds.setdefault(kind_of(name), []).append(name)
     results: dict[str, Any] = {
         "text": text.source,
         "n_tokens": n_tokens,
@@ -187,7 +184,7 @@ def analyse(cfg: DimensionalityConfig, subject: Subject) -> Outcome:
         "kinds": {
             kind: {"names": names, "n_units": by_name[names[0]]["n_units"]}
             | {key: mean([by_name[name][key] for name in names]) for key in ("value", *NULLS)}
-            for kind, names in kinds.items()
+            for kind, names in by_kind(by_name).items()
         },
     }
     summary = {}
@@ -203,11 +200,6 @@ PROTOCOL = {
     "shuffled": "expected with each unit shuffled over tokens by itself: same variances, no covariance",
     "untrained_model": "same shape at random initialisation, same text",
 }
-
-
-def kind_of(name: str) -> str:
-    """layer.*.mlp of layer.3.mlp."""
-    return re.sub(r"\d+", "*", name, count=1)
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -272,7 +264,7 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     columns = min(3, len(kinds))
     n_rows = -(-len(kinds) // columns)
     figure = new_figure(2.5 * columns + 1.7, 2.2 * n_rows + 0.3)
-    axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(n_rows, columns, sharey=True, squeeze=False).ravel()
     for axis in axes[len(kinds) :]:
         axis.set_axis_off()
     for axis, (kind, d) in zip(axes, kinds.items(), strict=False):
@@ -286,6 +278,7 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
         axis.axhline(d["n_units"], color=plots.FLOOR, lw=0.8, label="number of units")
         axis.set(title=kind, yscale="log", xlabel="layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.set_major_formatter("{x:g}")
     for axis in axes[::columns]:
         axis.set_ylabel("effective dimensionality")
     plots.legend(figure, axes[: len(kinds)])

@@ -20,6 +20,7 @@ import numpy as np
 from topogpt import drawing
 from topogpt.analysis import decay, plots, swaps
 from topogpt.analysis.activations import batches
+from topogpt.analysis.kinds import by_kind
 from topogpt.analysis.measures import smooth, smoothing
 from topogpt.analysis.nulls import moran_of_sheets
 from topogpt.analysis.results import Outcome, Result
@@ -202,11 +203,15 @@ def analyse(cfg: TimescalesConfig, subject: Subject) -> Outcome:
         curves = windows(fresh.lagged.sum(0), fresh.n_swaps.sum(0))
         results["untrained"] = medians(subject.sheets, curves, measures_of(curves))
     summary = {}
-    for key, (name, _) in MEASURES.items():
-        summary[f"median {name}"] = results["model"][key]
-        summary |= {f"the same, untrained: {name}": results["untrained"][key]} if cfg.untrained else {}
+    for kind, values in results["model"]["kinds"].items():
+        for key in ("window", "c"):
+            summary[f"{MEASURES[key][0]}, {kind}"] = values[key]
+            if cfg.untrained:
+                fresh_value = results["untrained"]["kinds"][kind][key]
+                summary[f"{MEASURES[key][0]}, {kind}, untrained"] = fresh_value
+    for key in ("window", "c"):
         moran = next(iter(results["moran"][key].values()))
-        summary |= {f"Moran's I of {key}": moran["mean"], f"its floor: {key}": moran["floor"]}
+        summary |= {f"Moran's I of {key}": moran["mean"], f"its floor, {key}": moran["floor"]}
     arrays = {key: maps.astype(np.float32) for key, maps in on_sheets.items()}
     return Outcome(protocol_of(cfg) | PROTOCOL, data, results, arrays, summary)
 
@@ -225,18 +230,17 @@ PROTOCOL = {
 
 
 def medians(sheets: Sequence[str], found: Windows, measured: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Over units: of all, and sheet by sheet."""
+    """Over units: of each kind of sheet, and of each sheet."""
 
-    def of(units: Any) -> dict[str, Any]:
-        return {key: float(np.median(measured[key][units])) for key in (*MEASURES, "explained")}
+    def of(names: Sequence[str]) -> dict[str, Any]:
+        at = [sheets.index(name) for name in names]
+        values: dict[str, Any] = {k: np.median(measured[k][at]) for k in (*MEASURES, "explained")}
+        silent = int(found.silent[at].sum())
+        return values | {"theta": np.median(found.theta[at], axis=(0, 1)), "silent": silent}
 
     return {
-        **of(...),
-        "silent": int(found.silent.sum()),
-        "theta": np.median(found.theta, axis=(0, 1)),
-        "by_sheet": {
-            sheet: of(s) | {"theta": np.median(found.theta[s], axis=0)} for s, sheet in enumerate(sheets)
-        },
+        "kinds": {kind: of(names) for kind, names in by_kind(sheets).items()},
+        "by_sheet": {sheet: of([sheet]) for sheet in sheets},
     }
 
 
@@ -282,10 +286,12 @@ MAPPED = (
 
 def section(found: Sequence[Result]) -> Section:
     first = found[0].results
-    rows = [
-        [name, *(r.results["model"][key] for r in found), *(of_untrained(r, key) for r in found)]
-        for key, (name, _) in MEASURES.items()
-    ]
+    rows: list[list[Any]] = []
+    for kind in first["model"]["kinds"]:
+        rows.append([kind])
+        for key, (name, _) in MEASURES.items():
+            rows.append([name, *(of(r, who, kind, key) for who in ("model", "untrained") for r in found)])
+    said = ["", *(what for _, what in MEASURES.values())] * len(first["model"]["kinds"])
     head = ["median over units", *labels(found), *labels(found, ": untrained")]
     where = f"{first['n_swaps']:,} swaps in {first['n_sequences']} sequences of {first['text']}"
     maps = [
@@ -294,13 +300,17 @@ def section(found: Sequence[Result]) -> Section:
         for fwhm, moran in first["moran"][key].items()
     ]
     maps.append(["reliability of windows", *(Number(r.results["reliability"]) for r in found), None])
-    fits = [[r.label, Number(r.results["model"]["explained"]), r.results["model"]["silent"]] for r in found]
+    fits = [
+        [f"{r.label}, {kind}", Number(values["explained"]), values["silent"]]
+        for r in found
+        for kind, values in r.results["model"]["kinds"].items()
+    ]
     return Section(
         "Timescales",
         [
             ABOUT,
             PUBLISHED,
-            Table(head, rows, where[0].upper() + where[1:], [what for _, what in MEASURES.values()]),
+            Table(head, rows, where, said),
             MAPPED,
             Table(["Moran's I, mean over sheets", *labels(found), "floor: no map"], maps),
             Table(["fit", "explained variance (median)", "units that answer to no swap"], fits, folded=True),
@@ -316,9 +326,9 @@ def section(found: Sequence[Result]) -> Section:
     )
 
 
-def of_untrained(result: Result, key: str) -> Number:
-    fresh = result.results["untrained"]
-    return Number(fresh[key] if fresh else None)
+def of(result: Result, who: str, kind: str, key: str) -> Number:
+    values = result.results[who]
+    return Number(values["kinds"].get(kind, {}).get(key) if values else None)
 
 
 def by_sheet(found: Sequence[Result]) -> Table:
@@ -335,54 +345,59 @@ def by_sheet(found: Sequence[Result]) -> Table:
 
 
 def cards(found: Sequence[Result]) -> list[Card]:
-    values, fresh = [r.results["model"]["window"] for r in found], found[0].results["untrained"]
-    beside = {"the word alone": 1.0} | ({"untrained": fresh["window"]} if fresh else {})
-    return [Card("Integration window", "median over units", values, beside, 2, " words")]
+    """The last kind of sheet: attention looks back by itself, the MLP only at what attention brought."""
+    kind, fresh = list(found[0].results["model"]["kinds"])[-1], found[0].results["untrained"]
+    values = [r.results["model"]["kinds"].get(kind, {}).get("window") for r in found]
+    beside = {"the word alone": 1.0} | ({"untrained": fresh["kinds"][kind]["window"]} if fresh else {})
+    return [Card("Integration window", f"{kind}, median over units", values, beside, 2, " words")]
 
 
 def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     yield Drawing(
         "timescales-windows",
         draw_windows(found),
-        "Left: size of a unit's change, over that at the swapped word, against the distance from it in words "
-        "(median over units; thin lines are sheets). Right: the sum of the curve, the window in words, sheet "
-        "by sheet (median over units). Dashed: a model of the same shape before training; 1: no context.",
+        "Size of a unit's change, over that at the swapped word, against the distance from it in words, median "
+        "over units (thin lines are sheets). Last: the sum of the curve, the window in words, sheet by sheet, "
+        "median over units. Dashed: a model of the same shape before training; 1: no context.",
     )
     for key in ("window", "c", "a", "b"):
         name, how = MEASURES[key]
-        maps = [r.arrays[key] - np.median(r.arrays[key]) for r in found]
-        limit = float(np.quantile(np.abs(np.stack(maps)), 0.95)) or 1.0
-        middle = ", ".join(f"{np.median(r.arrays[key]):.2f} in {r.label}" for r in found)
-        shown = [plots.maps_of(r, r.label, m) for r, m in zip(found, maps, strict=True)]
+        shown = [plots.maps_of(r, r.label, drawing.standardised(r.arrays[key])) for r in found]
+        unit = f"{key} (sd of its sheet)"
         yield Drawing(
             f"timescales-{key}",
-            drawing.draw_sheets(shown, f"Integration windows, {name}", f"{key} - median", limit),
-            f"{name} of every unit, less the median of all units ({middle}). {how} {plots.MAPS}",
+            drawing.draw_sheets(shown, f"Integration windows, {name}", unit, drawing.LIMIT),
+            f"{name} of every unit, in standard deviations of its sheet about its mean, cut at \u00b1 2.5. "
+            f"{how} {plots.MAPS}",
             f"Maps: {name}",
         )
 
 
 def draw_windows(found: Sequence[Result]) -> Any:
-    figure = drawing.new_figure(7.2, 2.7)
-    left, right = figure.subplots(1, 2)
-    fresh = found[0].results["untrained"]
+    kinds, fresh = list(found[0].results["model"]["kinds"]), found[0].results["untrained"]
+    figure = drawing.new_figure(2.4 * len(kinds) + 4.2, 2.7)
+    *curves, last = figure.subplots(1, len(kinds) + 1)
+    for axis, kind in zip(curves, kinds, strict=True):
+        for r, colour in zip(found, plots.COLOURS, strict=False):
+            model = r.results["model"]
+            for name in by_kind(r.sheets).get(kind, []):
+                axis.plot(model["by_sheet"][name]["theta"], color=colour, lw=0.5, alpha=0.3)
+            if kind in model["kinds"]:
+                axis.plot(model["kinds"][kind]["theta"], color=colour, lw=2, label=r.label)
+        if fresh:
+            axis.plot(fresh["kinds"][kind]["theta"], "--", color=plots.FLOOR, lw=1.5, label="untrained")
+        axis.set(title=kind, xlabel="words since the swapped one")
+        axis.set_ylim(bottom=0)
+    curves[0].set_ylabel("change, over that at the swapped word")
     for r, colour, marker in zip(found, plots.COLOURS, "os", strict=False):
-        model = r.results["model"]
-        for sheet in model["by_sheet"].values():
-            left.plot(sheet["theta"], color=colour, lw=0.5, alpha=0.3)
-        left.plot(model["theta"], color=colour, lw=2, label=r.label)
-        values = [sheet["window"] for sheet in model["by_sheet"].values()]
-        right.plot(values, marker, ms=3.5, color=colour, label=r.label)
+        values = [sheet["window"] for sheet in r.results["model"]["by_sheet"].values()]
+        last.plot(values, marker, ms=3.5, color=colour, label=r.label)
     if fresh:
-        left.plot(fresh["theta"], "--", color=plots.FLOOR, lw=1.5, label="untrained")
         values = [sheet["window"] for sheet in fresh["by_sheet"].values()]
-        right.plot(values, "_", color=plots.FLOOR, label="untrained")
-    left.set(
-        xlabel="words since the swapped one", ylabel="change, over that at the swapped word", ylim=(0, 1.02)
-    )
-    right.axhline(1, color=plots.FLOOR, lw=0.8)
-    right.set(xlabel="sheet, in the order of layers", ylabel="window (words)")
-    plots.legend(figure, [left, right])
+        last.plot(values, "_", ms=8, color=plots.FLOOR, label="untrained")
+    last.axhline(1, color=plots.FLOOR, lw=0.8)
+    last.set(xlabel="sheet, in the order of layers", ylabel="window (words)")
+    plots.legend(figure, [*curves, last])
     return figure
 
 

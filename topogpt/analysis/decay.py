@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 LOW, HIGH = np.zeros(3), np.array([10.0, 10.0, 1.0])  # bounds of a, b, c
-START = np.array([1.0, 1.0, 0.5])
+STARTS = np.array([[1.0, 1.0, 0.5], [0.5, 3.0, 0.3]])
 ITERATIONS = 500
+NEAR = 1e-7  # to a bound
 TOLERANCE = 1e-9  # of a step, where a curve is done
 HOPELESS = 1e12  # damping at which no step lowers the error any more
 
@@ -31,17 +32,25 @@ def curve(a: np.ndarray, b: np.ndarray, c: np.ndarray, n_lags: int) -> np.ndarra
 
 
 def fit(theta: np.ndarray) -> Fit:
-    """Least squares on curves (n, n_lags), within the bounds and from the start of `curve_fit`'s users.
+    """Least squares on curves (n, n_lags), within the bounds; the better of two starts.
 
-    Levenberg and Marquardt's steps for all curves together, cut at the bounds; a parameter that lies at a
-    bound and wants beyond it rests. scipy's curve_fit takes 5 to 25 milliseconds a curve, this 0.1; of noisy
-    curves 95 % end at the same place. The start belongs to the method: from others, with a steep power law and
-    a flat exponential, the two exchange their roles in a third of noisy curves, at a slightly lower error.
+    Levenberg and Marquardt's steps for all curves together, none more than 0.9 of the way to a bound, where
+    the slopes of other parameters vanish; a parameter that lies near its bound and wants beyond it rests.
+    scipy's curve_fit takes 5 to 25 milliseconds a curve, this 0.5, and of noisy curves 97 % end at the same
+    place. The first start is the paper's, the second helps curves that end at a bound. Starts belong to the
+    method: from a steep power law and a flat exponential the two exchange their roles in a third of noisy
+    curves, at a slightly lower error.
     """
+    first, second = (fit_from(start, theta) for start in STARTS)
+    better = second.error < first.error * (1 - 1e-6)
+    return Fit(*(np.where(better, y, x) for x, y in zip(first, second, strict=True)))
+
+
+def fit_from(start: np.ndarray, theta: np.ndarray) -> Fit:
     n, n_lags = theta.shape
     lag = np.arange(n_lags)
     log = np.log(lag + 1.0)
-    p = np.tile(START, (n, 1))
+    p = np.tile(start, (n, 1))
     damping = np.ones(n)  # the first step is a short one, so that it stays near the start
     error = ((theta - curve(*p.T, n_lags)) ** 2).sum(1)
     active = np.arange(n)
@@ -53,13 +62,14 @@ def fit(theta: np.ndarray) -> Fit:
         slopes = np.stack([-c * power * log, -(1 - c) * exponential * lag, power - exponential], axis=-1)
         rest = theta[active] - curve(*here.T, n_lags)
         pull = np.einsum("nlp,nl->np", slopes, rest)
-        rests = ((here <= LOW) & (pull <= 0)) | ((here >= HIGH) & (pull >= 0))
+        rests = ((here <= LOW + NEAR) & (pull <= 0)) | ((here >= HIGH - NEAR) & (pull >= 0))
         bent = np.einsum("nlp,nlq->npq", slopes, slopes)
         bent[rests[:, :, None] | rests[:, None, :]] = 0
         diagonal = np.einsum("npp->np", bent)
         bent[:, range(3), range(3)] += damping[active, None] * diagonal + 1e-12 + rests
         step = np.linalg.solve(bent, np.where(rests, 0, pull)[..., None])[..., 0]
-        tried = np.clip(here + step, LOW, HIGH)
+        wall = np.where(step > 0, HIGH, LOW) - here
+        tried = here + np.where(np.abs(step) < np.abs(wall), step, 0.9 * wall)
         there = ((theta[active] - curve(*tried.T, n_lags)) ** 2).sum(1)
         better = there <= error[active]
         p[active[better]], error[active[better]] = tried[better], there[better]
