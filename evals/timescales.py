@@ -19,17 +19,15 @@ import numpy as np
 
 from topogpt import drawing
 from topogpt.analysis import decay, plots, swaps
-from topogpt.analysis.activations import batches
 from topogpt.analysis.kinds import by_kind
 from topogpt.analysis.measures import smooth, smoothing
 from topogpt.analysis.nulls import moran_of_sheets
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels, need
 from topogpt.analysis.subject import MoranConfig, Subject, protocol_of
-from topogpt.analysis.swaps import Swappable
+from topogpt.analysis.swaps import Differences, Swappable, differences
 from topogpt.analysis.untrained import untrained
 from topogpt.errors import UserError, check_at_least, run_main
-from topogpt.terminal import progress
 
 FIRST = 2  # word that is swapped first: the original keeps times t with all t - delta > 1
 
@@ -58,65 +56,6 @@ class TimescalesConfig(MoranConfig):
 
 
 # ---- what is measured ----------------------------------------------------------------------------
-
-
-class Differences(NamedTuple):
-    """Mean |difference| that a swap makes."""
-
-    lagged: np.ndarray  # (2, S, n_words, lags + 1, n_units): sums at k and delta; of even, of odd sequences
-    n_swaps: np.ndarray  # (2, n_words): sequences in which word k was swapped
-    before: float  # largest difference at a word before the swapped one: 0 in a causal model
-
-
-def differences(subject: Subject, sequences: Sequence[Swappable], lags: int) -> Differences:
-    """Swap every word that has a substitute, one at a time; the original is read beside them."""
-    import torch
-
-    model, sheets, n_words = subject.model, subject.sheets, len(sequences[0].words)
-    shape = (2, len(sheets), n_words, lags + 1, model.cfg.n_embd)
-    lagged, n_swaps, before = np.zeros(shape, np.float32), np.zeros((2, n_words), int), 0.0
-    with torch.inference_mode():
-        for i, sequence in enumerate(progress(sequences, f"{subject.label}: swapping words")):
-            original = of_words(subject, [sequence.words])[:, 0]  # (S, W, C)
-            ks = list(sequence.substitutes)
-            rows = [
-                [*sequence.words[:k], sequence.substitutes[k], *sequence.words[k + 1 : k + lags + 1]]
-                for k in ks
-            ]
-            for batch in batches([1 + sum(map(len, row)) for row in rows]):
-                swapped = of_words(subject, [rows[j] for j in batch])  # (S, B, W, C)
-                for j, x in zip(batch, swapped.swapaxes(0, 1), strict=True):
-                    k, end = ks[j], len(rows[j])
-                    change = np.abs(x[:, :end] - original[:, :end])
-                    lagged[i % 2, :, k, : end - k] += change[:, k:]
-                    n_swaps[i % 2, k] += 1
-                    before = max(before, float(change[:, :k].max()))
-    return Differences(lagged, n_swaps, before)
-
-
-def of_words(subject: Subject, rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-    """Mean over each word's tokens: rows of words -> (S, n_rows, n_words, n_units), padded with zeros."""
-    import torch
-
-    lines = [swaps.flat(row) for row in rows]
-    longest, n_words = max(len(line) for line, _ in lines), max(map(len, rows))
-    if longest > subject.model.cfg.block_size:
-        raise UserError(
-            f"substitutes: a sequence has {longest} tokens with one of them, but the model reads "
-            f"{subject.model.cfg.block_size}; give fewer --n_words"
-        )
-    tokens, weight = (
-        np.zeros((len(rows), longest), np.int64),
-        np.zeros((len(rows), n_words, longest), np.float32),
-    )
-    for r, (line, starts) in enumerate(lines):
-        tokens[r, : len(line)] = line
-        for word, (start, stop) in enumerate(zip(starts, [*starts[1:], len(line)], strict=True)):
-            weight[r, word, start:stop] = 1 / (stop - start)
-    device = subject.model.device
-    named = subject.model(torch.from_numpy(tokens).to(device), activations=True, last_only=True).activations
-    weights = torch.from_numpy(weight).to(device)
-    return np.stack([(weights @ named[sheet].float()).cpu().numpy() for sheet in subject.sheets])
 
 
 class Windows(NamedTuple):
@@ -356,9 +295,9 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     yield Drawing(
         "timescales-windows",
         draw_windows(found),
-        "Size of a unit's change, over that at the swapped word, against the distance from it in words, median "
-        "over units (thin lines are sheets). Last: the sum of the curve, the window in words, sheet by sheet, "
-        "median over units. Dashed: a model of the same shape before training; 1: no context.",
+        "Size of a unit's change, over that at the swapped word, against the distance from it in words, "
+        "median over units (thin lines are sheets). Last: the sum of the curve, the window in words, of each "
+        "sheet, median over units. Dashed: a model of the same shape before training; 1: no context.",
     )
     for key in ("window", "c", "a", "b"):
         name, how = MEASURES[key]

@@ -1,4 +1,4 @@
-"""Names of sheets and modules by kind: what is alike in every layer is averaged, attention and MLP are not."""
+"""Names of sheets and modules by kind: layers are averaged, attention and MLP are not."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Sequences of plain words, and a probable substitute for each word: what word swapping needs.
+"""Word swapping: sequences of plain words, a probable substitute for each, and what a swap changes.
 
 Words are runs of letters in lower case, without punctuation, each with a blank before it: so the tokens of a
 sequence are those of its words one after the other.
@@ -13,6 +13,7 @@ import numpy as np
 
 from topogpt import rng
 from topogpt.analysis import heldout, stimuli
+from topogpt.analysis.activations import batches
 from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
 from topogpt.terminal import progress
@@ -178,3 +179,65 @@ def kinds_of_tokens(vocab_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
     begins = [t[:1] == " " and t[1:].isalpha() and t.islower() for t in texts]
     goes_on = [t.isalpha() and t.islower() for t in texts]
     return np.array([*begins, False]), np.array([*goes_on, False])
+
+
+# ---- what a swap changes ---------------------------------------------------------------------------
+
+
+class Differences(NamedTuple):
+    """Mean |difference| that a swap makes."""
+
+    lagged: np.ndarray  # (2, S, n_words, lags + 1, n_units): sums at k and delta; of even, of odd sequences
+    n_swaps: np.ndarray  # (2, n_words): sequences in which word k was swapped
+    before: float  # largest difference at a word before the swapped one: 0 in a causal model
+
+
+def differences(subject: Subject, sequences: Sequence[Swappable], lags: int) -> Differences:
+    """Swap every word that has a substitute, one at a time; the original is read beside them."""
+    import torch
+
+    model, sheets, n_words = subject.model, subject.sheets, len(sequences[0].words)
+    shape = (2, len(sheets), n_words, lags + 1, model.cfg.n_embd)
+    lagged, n_swaps, before = np.zeros(shape, np.float32), np.zeros((2, n_words), int), 0.0
+    with torch.inference_mode():
+        for i, sequence in enumerate(progress(sequences, f"{subject.label}: swapping words")):
+            original = of_words(subject, [sequence.words])[:, 0]  # (S, W, C)
+            ks = list(sequence.substitutes)
+            rows = [
+                [*sequence.words[:k], sequence.substitutes[k], *sequence.words[k + 1 : k + lags + 1]]
+                for k in ks
+            ]
+            for batch in batches([1 + sum(map(len, row)) for row in rows]):
+                swapped = of_words(subject, [rows[j] for j in batch])  # (S, B, W, C)
+                for j, x in zip(batch, swapped.swapaxes(0, 1), strict=True):
+                    k, end = ks[j], len(rows[j])
+                    change = np.abs(x[:, :end] - original[:, :end])
+                    lagged[i % 2, :, k, : end - k] += change[:, k:]
+                    n_swaps[i % 2, k] += 1
+                    before = max(before, float(change[:, :k].max()))
+    return Differences(lagged, n_swaps, before)
+
+
+def of_words(subject: Subject, rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Mean over each word's tokens: rows of words -> (S, n_rows, n_words, n_units), padded with zeros."""
+    import torch
+
+    lines = [flat(row) for row in rows]
+    longest, n_words = max(len(line) for line, _ in lines), max(map(len, rows))
+    if longest > subject.model.cfg.block_size:
+        raise UserError(
+            f"substitutes: a sequence has {longest} tokens with one of them, but the model reads "
+            f"{subject.model.cfg.block_size}; give fewer --n_words"
+        )
+    tokens, weight = (
+        np.zeros((len(rows), longest), np.int64),
+        np.zeros((len(rows), n_words, longest), np.float32),
+    )
+    for r, (line, starts) in enumerate(lines):
+        tokens[r, : len(line)] = line
+        for word, (start, stop) in enumerate(zip(starts, [*starts[1:], len(line)], strict=True)):
+            weight[r, word, start:stop] = 1 / (stop - start)
+    device = subject.model.device
+    named = subject.model(torch.from_numpy(tokens).to(device), activations=True, last_only=True).activations
+    weights = torch.from_numpy(weight).to(device)
+    return np.stack([(weights @ named[sheet].float()).cpu().numpy() for sheet in subject.sheets])
