@@ -29,6 +29,7 @@ from topogpt.analysis.swaps import Differences, Swappable, differences
 from topogpt.analysis.untrained import untrained
 from topogpt.errors import UserError, check_at_least, run_main
 
+LITTLE = 0.5  # variance of theta: where the fit explains less, its parameters mean little
 FIRST = 2  # word that is swapped first: the original keeps times t with all t - delta > 1
 
 
@@ -83,8 +84,14 @@ def windows(lagged: np.ndarray, n_swaps: np.ndarray) -> Windows:
 
 
 MEASURES = {
-    "window": ("window (words)", "Sum of theta over all lags: 1 for a unit that knows the last word alone."),
-    "c": ("c: power law", "Share of the power law in the fitted curve: 0 all exponential, 1 all power law."),
+    "window": (
+        "window (words)",
+        "Sum of theta over all lags: 1 for a unit that knows the last word alone; no fit.",
+    ),
+    "c": (
+        "c: power law",
+        "Share of the power law: 0 all exponential, 1 all power law; either where theta stays flat.",
+    ),
     "a": ("a: its exponent", "The smaller, the longer the window; it says nothing where c is near 0."),
     "b": (
         "b: rate per word",
@@ -255,14 +262,25 @@ def section(found: Sequence[Result]) -> Section:
             Table(["fit", "explained variance (median)", "units that answer to no swap"], fits, folded=True),
             by_sheet(found),
         ],
-        [
-            f"{r.label}: words before a swapped one change by up to {r.results['before']:.2g} of the usual "
-            "change at it; a causal model's do not."
-            for r in found
-            if (r.results["before"] or 0) > 1e-2
-        ],
+        warnings(found),
         cards(found),
     )
+
+
+def warnings(found: Sequence[Result]) -> list[str]:
+    said = [
+        f"{r.label}: words before a swapped one change by up to {r.results['before']:.2g} of the usual "
+        "change at it; a causal model's do not."
+        for r in found
+        if (r.results["before"] or 0) > 1e-2
+    ]
+    return said + [
+        f"{r.label}, {kind}: the fitted curve explains {max(values['explained'], 0):.0%} of theta's variance "
+        "(median over units); read the window there, not c, a and b."
+        for r in found
+        for kind, values in r.results["model"]["kinds"].items()
+        if values["explained"] < LITTLE
+    ]
 
 
 def of(result: Result, who: str, kind: str, key: str) -> Number:
