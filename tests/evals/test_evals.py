@@ -32,7 +32,9 @@ from topogpt.settings import GPTConfig, TopoConfig
 from topogpt.spatial.topolm import TopoLMLoss
 
 REFERENCE = texts.DATA / "reference" / "topolm"
-ANALYSES = ("activations", "topography", "contrasts", "localize", "figures", "ablate", "report", "fetch")
+ANALYSES = (
+    "activations topography contrasts localize dimensionality timescales figures ablate report fetch".split()
+)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,9 @@ TEXT = (
 SHAPE = {"n_layer": 2, "n_embd": 20, "n_head": 2, "block_size": 32, "vocab_size": 50304, "dropout": 0.0}
 ANALYSES = section.discover(evals)
 ReportConfig = report.config_with(ANALYSES)
-SECTIONS = ["head", "training", "reader", "topography", "contrasts", "localize", "ablate", "provenance"]
+SECTIONS = (
+    "head training reader topography contrasts localize dimensionality ablate timescales provenance".split()
+)
 
 
 @pytest.fixture(scope="module")
