@@ -27,7 +27,9 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files sto
 GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # theirs -> model.gelu
 
 # Fields of GPTConfig that a GPT2LMHeadModel can express, or that do not change what the model computes.
-EXPRESSIBLE = set("n_layer n_head n_embd block_size vocab_size dropout bias gelu post_residual".split())
+EXPRESSIBLE = set(
+    "n_layer n_head n_embd block_size vocab_size dropout bias gelu post_residual n_inner".split()
+)
 
 # What a config.json must say, or leave out, for our model to compute the same.
 REQUIRED = {
@@ -91,7 +93,7 @@ def to_gpt2_config(cfg: GPTConfig, dtype: str) -> dict[str, Any]:
         "n_layer": cfg.n_layer,
         "n_head": cfg.n_head,
         "n_embd": cfg.n_embd,
-        "n_inner": None,
+        "n_inner": cfg.n_inner,
         "n_positions": cfg.block_size,
         "n_ctx": cfg.block_size,
         "vocab_size": n_vocab,
@@ -163,6 +165,8 @@ def config_of(
         shape |= {"block_size": said["n_positions"], "dropout": said.get("resid_pdrop", 0.1)}
     except KeyError as error:
         raise UserError(f"{folder}/config.json has no {error.args[0]}; it is no GPT-2 style folder") from None
+    if said.get("n_inner") != 4 * width:  # which is ours without saying so
+        shape["n_inner"] = said.get("n_inner")
     check_vocabulary(folder, n_vocab)
     wte = weights.get(WTE)
     if wte is None or tuple(wte.shape) != (n_vocab, width):
@@ -196,8 +200,6 @@ def check_computes_the_same(folder: Path, said: dict[str, Any]) -> None:
             f"{folder}/config.json: activation_function = {said['activation_function']}, but our GPT "
             f"has only {', '.join(GELUS)}; it cannot be loaded"
         )
-    if said.get("n_inner") not in (None, 4 * said.get("n_embd", 0)):
-        raise UserError(f"{folder}/config.json: n_inner = {said['n_inner']}, but our MLP is 4 x n_embd wide")
 
 
 def check_shapes(folder: Path, cfg: GPTConfig, weights: dict[str, Tensor]) -> None:
