@@ -1,4 +1,4 @@
-"""Smaller MLPs: sizes that the paper gives, what must not change, fits. pytest tests/model/test_compress.py"""
+"""Smaller MLPs: the sizes of the paper, what must not change, fits. pytest tests/model/test_compress.py"""
 
 import dataclasses
 
