@@ -44,7 +44,7 @@ def show(cfg: CompressConfig, measured: "Measured") -> None:
     """One table, the control's columns beside the run's."""
     from topogpt.analysis.compression import ENCODING, blind
 
-    head, several = ["method", "kept", "parameters", "MB"], len(measured.models) > 1
+    head, several = ["method", "kept", "parameters", "MB on disk"], len(measured.models) > 1
     for found in measured.models:
         prefix = f"{found.label}: " if several else ""
         head += [f"{prefix}loss", "increase", "tokens/s"]

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -203,14 +204,14 @@ def pivot_order(products: Tensor, k: int) -> Tensor:
 
 def first_pivots(products: Tensor, k: int) -> Tensor:
     """The same one by one, of a small matrix."""
-    rest, chosen = products.clone(), []
-    free = torch.ones(len(rest), dtype=torch.bool, device=rest.device)
+    rest, chosen = products.cpu().numpy().copy(), []  # small operations, which cost numpy less
     for _ in range(k):
-        i = int(rest.diagonal().masked_fill(~free, -torch.inf).argmax())
-        free[i] = False
+        left = rest.diagonal().copy()
+        left[chosen] = -np.inf
+        i = int(left.argmax())
         chosen.append(i)
-        rest -= torch.outer(rest[i], rest[i]) / rest[i, i].clamp_min(1e-300)
-    return torch.tensor(chosen, device=rest.device)
+        rest -= np.outer(rest[i], rest[i] / max(rest[i, i], 1e-300))
+    return torch.tensor(chosen, device=products.device)
 
 
 def units(model: GPT, keep: float, choices: Sequence[Choice]) -> Compressed:
