@@ -32,10 +32,9 @@ ENCODING = (
     "float32 values (small sheets, or kept units' rows and columns); l1: and a bit for each weight of c_fc"
 )
 SAME_SHAPE = ("n_layer", "n_embd", "n_hidden", "vocab_size", "bias")
-ROUNDS, TIMED_TOKENS = 5, 512  # of measuring tokens/s
-COLOURS = dict(
-    zip(COMPRESSIONS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True)
-)  # Okabe and Ito's
+ROUNDS, TIMED_TOKENS = 3, 512  # of measuring tokens/s
+# Okabe and Ito's
+COLOURS = dict(zip(COMPRESSIONS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
 
 
 class Row(NamedTuple):
