@@ -257,7 +257,9 @@ def draw(found: Sequence[Found]) -> "Figure":
             name = f"{method}, {f.label}" if len(found) > 1 else method
             axis.plot(shares, losses, line, color=COLOURS[method], ms=3.5, lw=1, label=name)
         axis.axhline(f.rows[0].loss, color="0.3", lw=0.8, ls=line[1:])
-    axis.axhline(blind(found[0]), color="0.6", lw=0.8, ls=":", label="a blind guess")
+    axis.set_ylim(axis.get_ylim())  # the losses decide, as a blind guess may be far away
+    guess = blind(found[0])
+    axis.axhline(guess, color="0.6", lw=0.8, ls=":", label=f"a blind guess ({guess:.2f})")
     axis.set(xlabel="kept (%)", ylabel="validation loss (nats per token)")
     axis.set_title(f"{found[0].label}: MLPs made smaller", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
