@@ -8,6 +8,7 @@ from topogpt import topo
 from topogpt.errors import UserError, check_at_least
 
 OBJECTIVES = ("topolm", "toponets", "neighbour", "wiring")  # spatial losses: a file of topogpt/spatial each
+COMPRESSIONS = ("downsample", "every_nth", "units", "l1")  # methods of model/compress.py
 N_VOCAB = 50257  # GPT-2's tokens; an embedding has more rows, as padding
 
 
@@ -24,6 +25,7 @@ class GPTConfig:
     bias: bool = False  # biases in linear layers and norms; GPT-2 has them, TopoLM has none
     gelu: Literal["exact", "tanh"] = "exact"  # GPT-2 has the tanh approximation, TopoLM the exact one
     post_residual: bool = False  # sheets show a branch's output after the residual addition, not before
+    n_inner: int | None = None  # hidden units of each MLP; None: 4 * n_embd
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
@@ -37,6 +39,13 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout = {self.dropout} must be at least 0 and below 1")
+        if self.n_inner is not None:
+            check_at_least("model.n_inner", self.n_inner, 1)
+
+    @property
+    def n_hidden(self) -> int:
+        """Hidden units of each MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,3 +324,38 @@ class ExportConfig:
     push_to_hf: str | None = None  # push to this repository of the Hub: USER/NAME; bare: YOU/(name of RUN)
     private: bool = False  # make a new repository private
     vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """Make a trained model's MLPs smaller, and say what is lost: compress.py RUN [--keep F ...]."""
+
+    run: str  # folder of a run (out/NAME)
+    control: str | None = None  # its control: compressed the same way, and shown beside it
+    checkpoint: str = "best"  # best, last or step-N
+    keep: tuple[float, ...] = (0.8, 0.5, 0.2)  # shares of the MLPs' hidden units (l1: weights) to keep
+    # how: resized sheets, every n-th unit, a narrower model that is fitted anew, the largest weights
+    method: tuple[Literal["downsample", "every_nth", "units", "l1"], ...] = COMPRESSIONS
+    choose: Literal["pivot", "spaced"] = "pivot"  # units kept by `units`: those that explain most, or spaced
+    n_tokens: int = 2048  # validation tokens, the run's first ones
+    fit_tokens: int = 8192  # training tokens that `units` fits on, the run's first ones
+    val_data_dir: tuple[str, ...] = ()  # shards to validate on; none: the run's
+    train_data_dir: tuple[str, ...] = ()  # shards to fit on; none: the run's
+    out: str | None = None  # folder for the model of `units` at the first keep, for stock transformers
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
+
+    def __post_init__(self) -> None:
+        for name in ("n_tokens", "fit_tokens"):
+            check_at_least(name, getattr(self, name), 1)
+        for share in self.keep:
+            if not 0 < share <= 1:
+                raise UserError(f"keep = {share} must be above 0 and at most 1")
+        for name in ("keep", "method"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise UserError(f"{name} = {list(given)} must be one or more, each once")
+        if "units" not in self.method:
+            for name, none in (("out", None), ("choose", "pivot"), ("train_data_dir", ())):
+                if getattr(self, name) != none:
+                    raise UserError(f"{name} = {getattr(self, name)} has no effect without --method units")

@@ -34,7 +34,7 @@ def weight_shapes(cfg: GPTConfig) -> Shapes:
     """Shape of every weight by its name, the tied head once, as transformer.wte.weight."""
     c = cfg.n_embd
     block = {"ln_1": (c,), "ln_2": (c,), "attn.c_attn": (3 * c, c), "attn.c_proj": (c, c)}
-    block |= {"mlp.c_fc": (4 * c, c), "mlp.c_proj": (c, 4 * c)}
+    block |= {"mlp.c_fc": (cfg.n_hidden, c), "mlp.c_proj": (c, cfg.n_hidden)}
     modules = {f"h.{i}.{name}": shape for i in range(cfg.n_layer) for name, shape in block.items()}
     found: Shapes = {"wte.weight": (cfg.vocab_size, c), "wpe.weight": (cfg.block_size, c)}
     for name, shape in (modules | {"ln_f": (c,)}).items():
@@ -100,7 +100,7 @@ class Cost:
             Part("token embedding, also the head", None, count(".wte."), 2 * c * m.vocab_size),
             Part("position embedding", None, count(".wpe."), 0),
             Part("attention", attention // n_layer, attention, n_layer * (2 * 4 * c * c + scores)),
-            Part("MLP", mlp // n_layer, mlp, n_layer * 2 * 8 * c * c),
+            Part("MLP", mlp // n_layer, mlp, n_layer * 2 * 2 * c * m.n_hidden),
             Part("norms", norms // n_layer, norms, 0),
             Part("last norm", None, count(".ln_f."), 0),
         ]
@@ -167,11 +167,12 @@ class Cost:
         """Bytes kept of a token until the backward pass (eager, with fused attention).
 
         The residual stream before each norm is fp32; what the matrix products read, and what attention and
-        GELU need, is in `dtype`: 14 widths a layer (norm, q, k, v, mixture, norm, MLP before and after GELU).
+        GELU need, is in `dtype`: 6 widths a layer (norm, q, k, v, mixture, norm) and the MLP before and after
+        GELU.
         """
         m, width = self.cfg.model, WIDTH[self.dtype]
         c, n_head = m.n_embd, m.n_head
-        per_layer = 2 * 4 * c + 14 * c * width + 4 * n_head + 2 * 8
+        per_layer = 2 * 4 * c + (6 * c + 2 * m.n_hidden) * width + 4 * n_head + 2 * 8
         last = 4 * c + c * width + 8  # before and after the last norm
         if m.dropout:
             mask = c * (1 if self.device == "cuda" else width)

@@ -37,7 +37,8 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
 
     state = loaded.state
     cfg, step = state["config"], state["train_state"]["step"]
-    model, value = cfg["model"], validation_at(run, step)
+    model, compressed = cfg["model"], state.get("compressed")
+    value, evaluations = (None, []) if compressed else (validation_at(run, step), read_evaluations(run))
     data = data_of(cfg, state.get("data", {}))
     name = repo_id.rpartition("/")[2] if repo_id else cfg["run_name"]
     h, w = topo.grid_shape(model["n_embd"])
@@ -50,7 +51,7 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
         layer=model["n_layer"] // 2, gpt2_words=model["vocab_size"] >= N_VOCAB, N_VOCAB=N_VOCAB, dtype=dtype,
         n_parameters=loaded.model.n_parameters(), data=data, step=step,
         tokens=step * cfg["batch_size"] * model["block_size"],
-        value=value, evaluations=read_evaluations(run), n_vocab=n_vocab, blind=math.log(n_vocab),
+        value=value, evaluations=evaluations, compressed=compressed, n_vocab=n_vocab, blind=math.log(n_vocab),
         perplexity=perplexity(value["cross_entropy"]) if value else None,
         floor=noise_floor(h, w), N_NOISE=N_NOISE, starts=read_starts(run), thousands="{:,}".format,
     )  # fmt: skip

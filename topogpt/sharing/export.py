@@ -37,15 +37,32 @@ def export(
     once it has passed `prove`.
     """
     from topogpt.runs.checkpoint import load_run
+
+    run = Path(run)
+    target = Path(out) if out else run / "hf"
+    check_replaceable(target)
+    return write_folder(
+        target, run, load_run(run, which), dtype, repo_id=repo_id, vocab_dir=vocab_dir, say=say
+    )
+
+
+def write_folder(
+    target: Path,
+    run: Path,
+    loaded: "LoadedRun",
+    dtype: str = "float32",
+    *,
+    repo_id: str | None = None,
+    vocab_dir: str | None = None,
+    say: Any = print,
+) -> Path:
+    """Export what was loaded from a run, or made from that: its model is on the CPU."""
     from topogpt.sharing import proof
     from topogpt.sharing.gpt2 import check_expressible
     from topogpt.sharing.tokenizer_files import write_tokenizer
     from topogpt.text import tokenizer
 
-    run = Path(run)
-    target = Path(out) if out else run / "hf"
     check_replaceable(target)
-    loaded = load_run(run, which)
     check_expressible(loaded.model.cfg)
     words = tokenizer.load(vocab_dir) if loaded.model.cfg.vocab_size >= N_VOCAB else None
     part = target.with_name(f".{target.name}.tmp")
@@ -142,9 +159,10 @@ def write_record(folder: Path, run: Path, loaded: "LoadedRun", repo_id: str | No
 
     config = yaml.safe_dump(loaded.state["config"], sort_keys=False)  # JSON's lists and dicts
     (folder / "training_config.yaml").write_text(config, encoding="utf-8")
-    if (run / "metrics.jsonl").is_file():
+    as_trained = "compressed" not in loaded.state  # else the run's record is of another model
+    if as_trained and (run / "metrics.jsonl").is_file():
         shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
-    picture = modelcard.picture_of(run, loaded.state["train_state"]["step"])
+    picture = modelcard.picture_of(run, loaded.state["train_state"]["step"]) if as_trained else None
     if picture:
         shutil.copyfile(picture, folder / "sheets.png")
     card = modelcard.write(run, loaded, repo_id, dtype, bool(picture))

@@ -27,7 +27,9 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files sto
 GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # theirs -> model.gelu
 
 # Fields of GPTConfig that a GPT2LMHeadModel can express, or that do not change what the model computes.
-EXPRESSIBLE = set("n_layer n_head n_embd block_size vocab_size dropout bias gelu post_residual".split())
+EXPRESSIBLE = set(
+    "n_layer n_head n_embd block_size vocab_size dropout bias gelu post_residual n_inner".split()
+)
 
 # What a config.json must say, or leave out, for our model to compute the same.
 REQUIRED = {
@@ -81,15 +83,30 @@ def to_gpt2_config(cfg: GPTConfig, dtype: str) -> dict[str, Any]:
     n_vocab = n_vocab_of(cfg)
     eot = EOT if n_vocab == N_VOCAB else None
     return {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-        "activation_function": {"exact": "gelu", "tanh": "gelu_new"}[cfg.gelu], "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head, "n_embd": cfg.n_embd, "n_inner": None, "n_positions": cfg.block_size,
-        "n_ctx": cfg.block_size, "vocab_size": n_vocab, "resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout,
-        "attn_pdrop": cfg.dropout, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False, "tie_word_embeddings": True, "use_cache": True, "bos_token_id": eot,
-        "eos_token_id": eot, "torch_dtype": dtype,
-    }  # fmt: skip
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": {"exact": "gelu", "tanh": "gelu_new"}[cfg.gelu],
+        "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head,
+        "n_embd": cfg.n_embd,
+        "n_inner": cfg.n_inner,
+        "n_positions": cfg.block_size,
+        "n_ctx": cfg.block_size,
+        "vocab_size": n_vocab,
+        "resid_pdrop": cfg.dropout,
+        "embd_pdrop": cfg.dropout,
+        "attn_pdrop": cfg.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "torch_dtype": dtype,
+    }
 
 
 def shown_by(cfg: GPTConfig) -> dict[str, str]:
@@ -144,6 +161,8 @@ def config_of(
         shape |= {"block_size": said["n_positions"], "dropout": said.get("resid_pdrop", 0.1)}
     except KeyError as error:
         raise UserError(f"{folder}/config.json has no {error.args[0]}; it is no GPT-2 style folder") from None
+    if said.get("n_inner") != 4 * width:  # which is ours without saying so
+        shape["n_inner"] = said.get("n_inner")
     check_vocabulary(folder, n_vocab)
     wte = weights.get(WTE)
     if wte is None or tuple(wte.shape) != (n_vocab, width):
@@ -177,8 +196,6 @@ def check_computes_the_same(folder: Path, said: dict[str, Any]) -> None:
             f"{folder}/config.json: activation_function = {said['activation_function']}, but our GPT "
             f"has only {', '.join(GELUS)}; it cannot be loaded"
         )
-    if said.get("n_inner") not in (None, 4 * said.get("n_embd", 0)):
-        raise UserError(f"{folder}/config.json: n_inner = {said['n_inner']}, but our MLP is 4 x n_embd wide")
 
 
 def check_shapes(folder: Path, cfg: GPTConfig, weights: dict[str, Tensor]) -> None:

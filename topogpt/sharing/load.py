@@ -65,8 +65,8 @@ def initial(cfg: GPTConfig, path_or_name: str | Path) -> Imported:
     """
     loaded = load_model(path_or_name)
     there = loaded.model.cfg
-    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu", "block_size"):
-        has, wanted = getattr(there, key), getattr(cfg, key)
+    for key in ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size", "bias", "gelu", "block_size"):
+        has, wanted = (getattr(c, "n_hidden" if key == "n_inner" else key) for c in (there, cfg))
         if has != wanted and not (key == "block_size" and has > wanted):
             raise UserError(
                 f"init_from = {path_or_name} has {key} {has}, but model.{key} = {wanted}; give "
