@@ -12,6 +12,7 @@ from topogpt.config import parse
 from topogpt.errors import run_main
 from topogpt.model.cost import TOKENIZER_BYTES, Cost
 from topogpt.settings import N_VOCAB, CostConfig
+from topogpt.spatial.schedule import losses_in_words
 from topogpt.terminal import cell, print_table, say
 from topogpt.topo import grid_shape
 
@@ -72,8 +73,11 @@ def show_sheets(cost: Cost) -> None:
     say(f"sheets: {cost.n_sheets} of {h}x{w} units, {cost.n_sheets * h * w:,} units in all")
     k, units = cost.chosen
     side, n = 2 * t.radius - 1, cost.n_neighbourhoods
-    what = "spatial loss: none" if t.loss == "none" else f"spatial loss: {t.loss}, weight {t.weight}"
-    say(f"{what}; neighbourhoods: {n} of {units} units ({side}x{side}) a sheet, {k} of them a micro-step")
+    looked_at = f", {k} of them a micro-step" if "topolm" in t.objectives else ""
+    say(
+        f"spatial loss: {losses_in_words(vars(t))}; neighbourhoods: {n} of {units} units ({side}x{side}) a "
+        f"sheet{looked_at}"
+    )
 
 
 def show_bytes(cost: Cost) -> None:

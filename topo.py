@@ -20,6 +20,7 @@ from topogpt.config import parse
 from topogpt.errors import UserError, run_main
 from topogpt.runs.folder import read_maps, read_metrics, step_folder
 from topogpt.settings import MapConfig
+from topogpt.spatial.schedule import losses_in_words
 from topogpt.terminal import has_colours, picture, print_table, say
 from topogpt.topo import grid_shape, morans_i, noise_floor, on_grid, positions, sheet_order
 from topogpt.topography import Topography, download_topography, load_topography, save_topography
@@ -184,11 +185,10 @@ def grid_of(found: Found) -> tuple[int, int]:
 def show_run(found: Found) -> None:
     settings, known = found.settings, found.topography
     if settings:
-        model, loss = settings["model"], settings["topo"]
-        weight = f", weight {loss['weight']}" if loss["loss"] != "none" else ""
+        model = settings["model"]
         say(
             f"{settings.get('run_name')}: a GPT of {model['n_layer']} layers, {model['n_embd']} wide; "
-            f"spatial loss: {loss['loss']}{weight}"
+            f"spatial loss: {losses_in_words(settings['topo'])}"
         )
     if found.records:
         last = found.records[-1]
@@ -295,7 +295,7 @@ def draw_before_and_after(found: Found) -> Path | str:
     from topogpt.training import maps  # imports torch
 
     steps = [found.records[0]["step"], found.chosen["step"]]
-    columns = [(f"step {step:,}: ", read_maps(found.folder, step)) for step in steps]
+    columns = [(f"step {step:,}", read_maps(found.folder, step)) for step in steps]
     if any(arrays is None for _, arrays in columns):
         return "not drawn: the maps of both steps are not there"
     path = found.folder / "maps" / "before-and-after.png"

@@ -14,6 +14,7 @@ from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
 from topogpt.runs.folder import read_metrics
 from topogpt.settings import N_VOCAB
+from topogpt.spatial.schedule import losses_in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ def lead(model: Model) -> str:
         text += (
             "; no spatial loss (a control)"
             if sheets["loss"] == "none"
-            else f"; spatial loss {sheets['loss']} of weight {sheets['weight']:g}"
+            else f"; spatial loss {losses_in_words(sheets)}"
         )
         step = step_of(subject)
         text += f"; checkpoint of step {step:,}" if step is not None else ""

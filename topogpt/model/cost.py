@@ -132,7 +132,7 @@ class Cost:
     @property
     def spatial_flops(self) -> int:
         """Of the spatial loss and its gradient per token, on a GPU: Gram matrices, and one dense product."""
-        if self.cfg.topo.loss == "none":
+        if "topolm" not in self.cfg.topo.objectives:
             return 0
         c, (k, u) = self.cfg.model.n_embd, self.chosen
         gram = k * u * u if k * u <= c else c * c
@@ -185,7 +185,7 @@ class Cost:
     def shown_per_token(self) -> int:
         """Bytes of what the sheets show of a token, which the spatial loss reads at the end."""
         m = self.cfg.model
-        kept_anyway = self.cfg.topo.loss == "none" or m.post_residual
+        kept_anyway = "topolm" not in self.cfg.topo.objectives or m.post_residual
         return 0 if kept_anyway else self.n_sheets * m.n_embd * WIDTH[self.dtype]
 
     @property
@@ -203,7 +203,7 @@ class Cost:
         logits = m.vocab_size * max(8 * rows, 8 * min(rows, n - rows) + (4 + narrow) * rows)
         gradient = head * (4 + narrow) + n * m.n_embd * width
         shown, columns = n * self.shown_per_token, 0
-        if self.cfg.topo.loss != "none":
+        if "topolm" in self.cfg.topo.objectives:
             columns = self.n_sheets * 4 * self.columns * (n + m.n_embd)
         return Memory(
             weights=self.n_parameters * (4 + 4 + ADAMW_BYTES),

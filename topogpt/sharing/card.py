@@ -9,6 +9,7 @@ from topogpt import topo
 from topogpt.files import read_json
 from topogpt.runs.folder import read_metrics
 from topogpt.settings import N_VOCAB
+from topogpt.spatial.schedule import losses_in_words
 from topogpt.topo import N_NOISE, noise_floor
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
     words = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
     return words.get_template("card.md.jinja").render(
         front_matter=front_matter(name, data, value), name=name, repo_id=repo_id, has_picture=has_picture,
-        cfg=cfg, model=model, sheets=cfg["topo"], h=h, w=w, n_sheets=len(loaded.positions),
+        cfg=cfg, model=model, sheets=cfg["topo"], losses=losses_in_words(cfg["topo"]), h=h, w=w,
+        n_sheets=len(loaded.positions),
         layer=model["n_layer"] // 2, gpt2_words=model["vocab_size"] >= N_VOCAB, N_VOCAB=N_VOCAB, dtype=dtype,
         n_parameters=loaded.model.n_parameters(), data=data, step=step,
         tokens=step * cfg["batch_size"] * model["block_size"],

@@ -136,7 +136,7 @@ def write_config(folder: Path, loaded: "LoadedRun", dtype: str) -> None:
         "format": topography.FORMAT, "file": "topography.safetensors",
         "grid": list(topo.grid_shape(cfg.n_embd)), "unit_distance_mm": 1.0, "positions": sheets["positions"],
         "seed": sheets["seed"], "loss": sheets["loss"],
-        "weight": sheets["weight"] if sheets["loss"] != "none" else 0.0, "post_residual": cfg.post_residual,
+        "weight": sheets["weight"] if "topolm" in sheets["loss"] else 0.0, "post_residual": cfg.post_residual,
         "step": loaded.state["train_state"]["step"],
     }  # fmt: skip
     write_json(folder / "config.json", to_gpt2_config(cfg, dtype) | {"topography": facts}, indent=2)
