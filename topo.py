@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from topogpt.config import parse
+from topogpt.drawing import LIMIT, standardised
 from topogpt.errors import UserError, run_main
 from topogpt.runs.folder import read_maps, read_metrics, step_folder
 from topogpt.settings import MapConfig
 from topogpt.spatial.schedule import losses_in_words
 from topogpt.terminal import has_colours, picture, print_table, say
-from topogpt.topo import grid_shape, morans_i, noise_floor, on_grid, positions, sheet_order
+from topogpt.topo import grid_shape, mean_morans_i, morans_i, noise_floor, on_grid, positions, sheet_order
 from topogpt.topography import Topography, download_topography, load_topography, save_topography
 
 __all__ = ["Topography", "grid_shape", "load_topography", "morans_i", "on_grid", "positions"]
@@ -145,6 +146,7 @@ def topography_of(folder: Path) -> Topography | None:
 def download(repo: str) -> Path:
     """The small files of a repository of the Hub that are there."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         folder = download_topography(repo)
@@ -153,8 +155,11 @@ def download(repo: str) -> Path:
     for name in ("metrics.jsonl", "training_config.yaml"):
         try:
             hf_hub_download(repo, name)
-        except Exception:  # it is not there; what it would tell is said to be missing
+        except EntryNotFoundError:  # what it would tell is said to be missing
             continue
+        except Exception as error:  # the network, or no right to read it
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{repo}: {name} could not be read from the Hub: {reason}; try again") from None
     return folder
 
 
@@ -231,7 +236,7 @@ def show_sheets(found: Found, floor: tuple[float, float]) -> None:
     """Moran's I of every sheet, a layer a row and a branch a column, beside that of white noise."""
     by_sheet = (found.chosen or {}).get("moran_by_sheet")
     if not by_sheet and found.maps is not None:
-        by_sheet = {sheet: float(np.nan_to_num(morans_i(m)).mean()) for sheet, m in found.maps.items()}
+        by_sheet = mean_morans_i(found.maps)
     if not by_sheet:
         say("Moran's I of each sheet: not recorded here; python -m evals.topography measures it")
         return
@@ -267,8 +272,8 @@ def show_maps(maps: Mapping[str, np.ndarray], step: int) -> None:
 
 def sheet_lines(name: str, grid: np.ndarray, wide: int, colours: bool) -> Sequence[str]:
     h, w = grid.shape
-    z = (grid - grid.mean()) / (grid.std() or 1.0) / 2.5  # the ends of the scale: 2.5 standard deviations
-    moran = float(np.nan_to_num(morans_i(grid)))
+    z = standardised(grid) / LIMIT
+    moran = mean_morans_i({name: grid})[name]
     space = " " * (wide - (w if colours else 2 * w))
     lines = picture(z.tolist(), colours)
     return [name.ljust(wide), f"{moran:.3f}".ljust(wide), *(line + space for line in lines)]

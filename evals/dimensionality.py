@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from topogpt.analysis import heldout, plots
+from topogpt.analysis.activations import check_finite
+from topogpt.analysis.covariance import Covariance
 from topogpt.analysis.kinds import by_kind
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels
@@ -28,9 +30,7 @@ from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.terminal import progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from topogpt.model.gpt import GPT
+    pass
 
 TOKENS_PER_BATCH = 2048
 
@@ -58,41 +58,17 @@ class DimensionalityConfig(EvalConfig):
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-class Covariance:
-    """Sums over tokens, in float64, of deviations from the first batch's mean and of their products.
-
-    The deviations are small, so that products of one batch may be taken in float32; memory does not depend
-    on the number of tokens.
-    """
-
-    def __init__(self) -> None:
-        self.n_tokens = 0
-
-    def add(self, x: "Tensor") -> None:
-        """Count the activations of some tokens, (N, n_units)."""
-        import torch
-
-        if not self.n_tokens:
-            self.shift = x.float().mean(0)
-            self.total = torch.zeros(x.shape[1], dtype=torch.float64)
-            self.products = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-        x = x.float() - self.shift
-        self.n_tokens += len(x)
-        self.total += x.sum(0, dtype=torch.float64).cpu()
-        self.products += (x.T @ x).cpu()  # the sum is float64
-
-    def dimensionality(self) -> "Dimensionality":
-        n = self.n_tokens
-        scatter = self.products.addr(self.total, self.total, alpha=-1 / n)  # N - 1 times the covariance
-        variance = scatter.diagonal().numpy() / (n - 1)
-        squares = float((scatter * scatter).sum()) / (n - 1) ** 2
-        return Dimensionality(len(variance), ratio(variance.sum(), squares), shuffled(variance, n))
-
-
 class Dimensionality(NamedTuple):
     n_units: int
     value: float
     shuffled: float  # of units that are independent, of the same variances and as many tokens
+
+
+def dimensionality(covariance: Covariance) -> Dimensionality:
+    n, scatter = covariance.n_tokens, covariance.scatter
+    variance = scatter.diagonal().numpy() / (n - 1)
+    squares = float((scatter * scatter).sum()) / (n - 1) ** 2
+    return Dimensionality(len(variance), ratio(variance.sum(), squares), shuffled(variance, n))
 
 
 def ratio(trace: float, squares: float) -> float:
@@ -116,7 +92,7 @@ def measure(cfg: DimensionalityConfig, subject: Subject, windows: np.ndarray) ->
     import torch
 
     model = subject.model
-    sheets, modules = chosen(cfg.names, model)
+    sheets, modules = chosen(cfg.names, subject)
     found = {name: Covariance() for name in [*sheets, *modules]}
     skip, per_batch = cfg.skip, max(1, TOKENS_PER_BATCH // windows.shape[1])
 
@@ -140,21 +116,13 @@ def measure(cfg: DimensionalityConfig, subject: Subject, windows: np.ndarray) ->
     for name, covariance in found.items():
         if not covariance.n_tokens:
             raise UserError(f"names: {name} is never called as a layer, so it has no activations")
-        if not np.isfinite(float(covariance.products.sum())):
-            raise UserError(
-                f"the activations of {name} are not finite; the run diverged: use another --checkpoint"
-            )
-    return {name: covariance.dimensionality() for name, covariance in found.items()}
+        check_finite({name: covariance.products.sum().numpy()})
+    return {name: dimensionality(covariance) for name, covariance in found.items()}
 
 
-def chosen(patterns: Sequence[str], model: "GPT") -> tuple[list[str], list[str]]:
+def chosen(patterns: Sequence[str], subject: Subject) -> tuple[list[str], list[str]]:
     """Sheets and modules that the patterns name, in the model's order."""
-    import torch
-
-    with torch.inference_mode():
-        one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        sheets = list(model(one, activations=True).activations)
-    modules = [name for name, _ in model.named_modules() if name]
+    sheets, modules = subject.sheets, [name for name, _ in subject.model.named_modules() if name]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in sheets + modules):
             raise UserError(

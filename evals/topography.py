@@ -16,6 +16,7 @@ import numpy as np
 from topogpt import drawing, topo
 from topogpt.analysis import heldout, measures, plots
 from topogpt.analysis.activations import check_finite
+from topogpt.analysis.covariance import Covariance
 from topogpt.analysis.measures import smoothing, width
 from topogpt.analysis.nulls import moran_of_sheets
 from topogpt.analysis.results import Outcome, Result
@@ -51,16 +52,14 @@ class Statistics(NamedTuple):
 
 
 def collect(subject: Subject, windows: np.ndarray, n_maps: int) -> Statistics:
-    """Read the text once. Sums are of deviations from the first batch's means, which keeps fp32 exact."""
+    """Read the text once."""
     import torch
 
     n_windows, length = windows.shape
     at = np.linspace(0, windows.size - 1, min(n_maps, windows.size)).round().astype(int)
     per_batch = max(1, TOKENS_PER_BATCH // length)
     order = {sheet: torch.from_numpy(topo.units_by_cell(p)) for sheet, p in subject.positions.items()}
-    shift: dict[str, torch.Tensor] = {}
-    sums = {sheet: torch.zeros(len(o), dtype=torch.float64) for sheet, o in order.items()}
-    products = {sheet: torch.zeros(len(o), len(o), dtype=torch.float64) for sheet, o in order.items()}
+    sums = {sheet: Covariance() for sheet in order}
     maps: dict[str, list[np.ndarray]] = {sheet: [] for sheet in order}
     device = subject.model.device
     with torch.inference_mode():
@@ -71,10 +70,8 @@ def collect(subject: Subject, windows: np.ndarray, n_maps: int) -> Statistics:
             for sheet, cells in order.items():
                 x = named.pop(sheet).flatten(0, 1).float()[:, cells.to(device)]  # (N, h w)
                 maps[sheet].append(x[here].cpu().numpy())
-                x = x - shift.setdefault(sheet, x.mean(0))
-                sums[sheet] += x.sum(0, dtype=torch.float64).cpu()
-                products[sheet] += (x.T @ x).double().cpu()
-    covariance = {s: (products[s] - torch.outer(x, x) / windows.size).numpy() for s, x in sums.items()}
+                sums[sheet].add(x)
+    covariance = {sheet: found.scatter.numpy() for sheet, found in sums.items()}
     check_finite(covariance)
     grids = np.stack([np.concatenate(found).reshape(-1, *subject.grid) for found in maps.values()])
     return Statistics(covariance, grids, windows.flatten()[at].tolist())

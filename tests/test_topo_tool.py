@@ -147,6 +147,7 @@ def test_an_exported_folder_says_what_it_has_and_what_it_has_not(run, tmp_path, 
 
 def test_a_repository_of_the_hub(run, tmp_path, capsys, monkeypatch):
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
 
     folder = exported(run, tmp_path / "hf")
     shutil.copy(run / "metrics.jsonl", folder)
@@ -154,15 +155,21 @@ def test_a_repository_of_the_hub(run, tmp_path, capsys, monkeypatch):
     def fetch(repo: str, name: str) -> str:
         assert repo == "USER/NAME"
         if not (folder / name).is_file():
-            raise OSError("404")
+            raise EntryNotFoundError("404")
         return str(folder / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     monkeypatch.chdir(tmp_path)
     assert "trained for 8 steps" in said_of(capsys, "USER/NAME")
-    (folder / "topography.json").unlink()
+    (folder / "topography.json").rename(tmp_path / "kept.json")
     with pytest.raises(UserError, match="its topography could not be read from the Hub: 404"):
         script.main(["USER/NAME"])
+    (tmp_path / "kept.json").rename(folder / "topography.json")
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, name: fetch(repo, name) if "topo" in name else 1 / 0
+    )
+    with pytest.raises(UserError, match=r"metrics\.jsonl could not be read from the Hub: division by zero"):
+        script.main(["USER/NAME"])  # what is not there is passed over, what goes wrong is not
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------

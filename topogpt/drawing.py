@@ -32,7 +32,7 @@ class Maps(NamedTuple):
     def heading(self) -> str:
         moran = self.moran
         if moran is None:
-            moran = np.mean([np.nan_to_num(topo.morans_i(grid)) for grid in self.values.values()])
+            moran = np.mean(list(topo.mean_morans_i(self.values).values()))
         return f"{self.label}{': ' if self.label else ''}mean Moran's I {round(float(moran), 2) + 0.0:.2f}"
 
 

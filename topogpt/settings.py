@@ -43,6 +43,11 @@ class GPTConfig:
             check_at_least("model.n_inner", self.n_inner, 1)
 
     @property
+    def n_vocab(self) -> int:
+        """Rows of the embedding that are real tokens: GPT-2's, or all of a smaller one."""
+        return min(self.vocab_size, N_VOCAB)
+
+    @property
     def n_hidden(self) -> int:
         """Hidden units of each MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner

@@ -4,7 +4,7 @@ Each branch of each block is a sheet of its own ("layer.3.attn", "layer.3.mlp"):
 grid. Positions in files are in topography.py, the losses on sheets in spatial/; this needs numpy alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -103,6 +103,11 @@ def morans_i(grids: np.ndarray, contiguity: Literal["queen", "rook"] = "queen") 
     lag = lag / sum(inside[i : i + h, j : j + w] for i, j in steps)
     with np.errstate(invalid="ignore"):
         return (z * lag).sum(axis=(-2, -1)) / (z * z).sum(axis=(-2, -1))
+
+
+def mean_morans_i(maps: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Moran's I (queen, row-standardised) of each sheet, averaged over its maps; constant maps: 0."""
+    return {sheet: float(np.nan_to_num(morans_i(grids)).mean()) for sheet, grids in maps.items()}
 
 
 def noise_morans(

@@ -13,7 +13,6 @@ from topogpt.analysis.section import Card, Label, need
 from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
 from topogpt.runs.folder import read_metrics
-from topogpt.settings import N_VOCAB
 from topogpt.spatial.schedule import losses_in_words
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def cards(models: Sequence[Model]) -> list[Card]:
     values = [evaluation_of(model).get("cross_entropy") for model in models]
     if values[0] is None:
         return []
-    blind = math.log(min(N_VOCAB, models[0].subject.model.cfg.vocab_size))
+    blind = math.log(models[0].subject.model.cfg.n_vocab)
     return [Card("Cross-entropy", "validation text, nats per token", values, {"blind guess": blind})]
 
 

@@ -33,7 +33,7 @@ def of(x: np.ndarray, batch: int = 100) -> dimensionality.Dimensionality:
     covariance = Covariance()
     for rows in torch.from_numpy(x.astype(np.float32)).split(batch):
         covariance.add(rows)
-    return covariance.dimensionality()
+    return dimensionality.dimensionality(covariance)
 
 
 def noise(n: int, n_units: int, seed: int = 0) -> np.ndarray:

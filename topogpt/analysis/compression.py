@@ -20,9 +20,9 @@ from topogpt.model import compress
 from topogpt.model.gpt import GPT
 from topogpt.runs import provenance
 from topogpt.runs.checkpoint import LoadedRun, load_run
-from topogpt.settings import COMPRESSIONS, N_VOCAB, CompressConfig
+from topogpt.settings import COMPRESSIONS, CompressConfig
 from topogpt.terminal import progress
-from topogpt.text.loader import Corpus, MicroBatch, fixed_batches, open_corpus
+from topogpt.text.loader import Corpus, MicroBatch, Share, fixed_batches, open_corpus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,16 +154,8 @@ def batches(model: GPT, corpus: Corpus, n_tokens: int) -> Iterator[MicroBatch]:
         n_tokens=n_tokens,
         block_size=length,
         per_device_batch_size=max(1, 2048 // length),
-        ranks=AtDevice(0, 1, model.device),
+        ranks=Share(device=model.device),
     )
-
-
-class AtDevice(NamedTuple):
-    """Whose share of the batches, for the loader."""
-
-    rank: int
-    world: int
-    device: torch.device
 
 
 def cross_entropy(model: GPT, corpus: Corpus, n_tokens: int) -> float:
@@ -203,19 +195,18 @@ def wait(device: torch.device) -> None:
 
 def blind(found: Found) -> float:
     """Loss of a guess that knows nothing: as likely one token as another."""
-    return math.log(min(found.run.model.cfg.vocab_size, N_VOCAB))
+    return math.log(found.run.model.cfg.n_vocab)
 
 
 def save(cfg: CompressConfig, measured: Measured) -> list[Path]:
     """Write RUN/compress.json, and compress.png where matplotlib is there; return what was written."""
     found = measured.models
-    code = {"git_sha": provenance.git("rev-parse", "HEAD"), "changed": bool(provenance.git("diff", "HEAD"))}
     content = {
         "format": FORMAT,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "protocol": asdict(cfg) | {"encoding": ENCODING, "ridge": compress.RIDGE},
         "data_sha256": measured.data_sha256,
-        "code": code,
+        "code": provenance.code(),
         "device": str(found[0].run.model.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

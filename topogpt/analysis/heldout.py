@@ -25,10 +25,7 @@ def read(subject: Subject, text: str | None, n_tokens: int, vocab_dir: str | Non
     Args:
         text: a .txt file, or shards; None: the validation shards of the run.
     """
-    if text is not None and Path(text).suffix == ".txt":
-        stream, source, digest = text_file(Path(text), vocab_dir)
-    else:
-        stream, source, digest = shards(subject, text, n_tokens)
+    stream, source, digest = stream_of(subject, text, n_tokens, vocab_dir)
     vocab_size = subject.model.cfg.vocab_size
     if len(stream) < 2 or stream.max() >= vocab_size:
         raise UserError(
@@ -38,6 +35,15 @@ def read(subject: Subject, text: str | None, n_tokens: int, vocab_dir: str | Non
     length = min(subject.model.cfg.block_size, len(stream))
     n_windows = max(1, min(n_tokens, len(stream)) // length)
     return HeldOut(stream[: n_windows * length].reshape(n_windows, length).astype(np.int64), source, digest)
+
+
+def stream_of(
+    subject: Subject, text: str | None, n_tokens: int, vocab_dir: str | None
+) -> tuple[np.ndarray, str, str]:
+    """Tokens of a .txt file, or the first n_tokens of shards; what they are, and their SHA-256."""
+    if text is not None and Path(text).suffix == ".txt":
+        return text_file(Path(text), vocab_dir)
+    return shards(subject, text, n_tokens)
 
 
 def text_file(path: Path, vocab_dir: str | None) -> tuple[np.ndarray, str, str]:

@@ -10,7 +10,6 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topogpt import drawing, settings, topo
+from topogpt import drawing, topo
 from topogpt.analysis import measures
 from topogpt.analysis.lesions import hooked
 from topogpt.model.gpt import GPT, sheet_names
+from topogpt.runs.folder import read_metrics
 from topogpt.sharing.load import load_model
 from topogpt.text import tokenizer
 
@@ -87,10 +87,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of the run's metrics.jsonl (step, split, cross_entropy, moran, ...); [] without one."""
         folders = [] if self.folder is None else [self.folder, *self.folder.resolve().parents[:2]]
-        for path in (folder / "metrics.jsonl" for folder in folders):
-            if path.is_file():
-                return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return []
+        return next((found for folder in folders if (found := read_metrics(folder))), [])
 
     @cached_property
     def gpt2(self) -> tokenizer.Tokenizer:
@@ -152,9 +149,12 @@ class Run:
         """The prompt and what the model writes after it; temperature 0: the likeliest token each time."""
         start = torch.from_numpy(self.encode(prompt)).to(self.model.device)[None]
         generator = torch.Generator(self.model.device).manual_seed(seed)
-        n_vocab = min(self.model.cfg.vocab_size, settings.N_VOCAB)
         new = self.model.generate(
-            start, max_new_tokens, temperature=temperature, n_vocab=n_vocab, generator=generator
+            start,
+            max_new_tokens,
+            temperature=temperature,
+            n_vocab=self.model.cfg.n_vocab,
+            generator=generator,
         )
         return self.decode(new[0].tolist())
 

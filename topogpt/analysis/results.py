@@ -77,8 +77,6 @@ def save(name: str, subject: Subject, outcome: Outcome) -> None:
     model = {"label": subject.label, "checkpoint": subject.checkpoint.name}
     model |= {"weights_sha256": subject.weights_sha256, "spatial_loss": loss}
     model |= {"sheets": subject.sheets, "grid": list(subject.grid)}
-    git = provenance.git
-    code = {"git_sha": git("rev-parse", "HEAD"), "changed": bool(git("diff", "HEAD"))}
     content = {
         "format": FORMAT,
         "analysis": name,
@@ -86,7 +84,7 @@ def save(name: str, subject: Subject, outcome: Outcome) -> None:
         "model": model,
         "protocol": outcome.protocol,
         "data_sha256": outcome.data,
-        "code": code,
+        "code": provenance.code(),
         "summary": outcome.summary,
         "results": outcome.results,
     }

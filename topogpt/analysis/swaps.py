@@ -50,10 +50,8 @@ def read(subject: Subject, text: str | None, n: int, n_words: int, vocab_dir: st
             f"{subject.label} knows {cfg.vocab_size} tokens, fewer than GPT-2's {encoding.n_vocab}; words "
             "cannot be read to it"
         )
-    if text is not None and Path(text).suffix == ".txt":
-        stream, source, digest = heldout.text_file(Path(text), vocab_dir)
-    else:
-        stream, source, digest = heldout.shards(subject, text, TOKENS_PER_WORD * n * n_words + 10_000)
+    n_tokens = TOKENS_PER_WORD * n * n_words + 10_000
+    stream, source, digest = heldout.stream_of(subject, text, n_tokens, vocab_dir)
     words, tokens = [], []
     for sequence in blocks(stream, encoding, n_words):
         pieces = [encoding.encode(f" {word}").tolist() for word in sequence]

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from topogpt import topo, topography
-from topogpt.settings import N_VOCAB, GPTConfig, TopoConfig, TrainConfig
+from topogpt.settings import GPTConfig, TopoConfig, TrainConfig
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 NAMES_IN_SAFETENSORS = {
@@ -229,7 +229,7 @@ class Cost:
     def export_files(self, dtype: str = "float32") -> dict[str, int]:
         """Bytes of the tensors of an exported folder; its biases are always there, its padding rows apart."""
         m = self.cfg.model
-        wte, n_vocab = "transformer.wte.weight", min(m.vocab_size, N_VOCAB)
+        wte, n_vocab = "transformer.wte.weight", m.n_vocab
         stored = weight_shapes(replace(m, bias=True)) | {wte: (n_vocab, m.n_embd)}
         pt = {"format": "pt"}
         found = {"model.safetensors": safetensors_size({k: (dtype, v) for k, v in stored.items()}, pt)}

@@ -40,15 +40,15 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def read_metrics(run: Path, split: str) -> list[dict[str, Any]]:
-    """Records of a split in metrics.jsonl, up to a line that a kill cut off; none where there is no file."""
+def read_metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """Records in metrics.jsonl, of a split or all, up to a line that a kill cut off; none without a file."""
     records = []
     try:
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             records.append(json.loads(line))
     except (OSError, ValueError):
         pass  # what was read until there counts
-    return [record for record in records if record.get("split") == split]
+    return [record for record in records if split in (None, record.get("split"))]
 
 
 def read_maps(run: Path, step: int) -> dict[str, np.ndarray] | None:

@@ -26,6 +26,11 @@ def collect(device: torch.device, world: int, data: dict[str, str]) -> dict[str,
     }  # fmt: skip
 
 
+def code() -> dict[str, Any]:
+    """Which code this is: the commit, and whether it was changed since."""
+    return {"git_sha": git("rev-parse", "HEAD"), "changed": bool(git("diff", "HEAD"))}
+
+
 def git(*arguments: str) -> str | None:
     """Output of git in the folder of this code; None outside a repository or without git."""
     try:

@@ -52,11 +52,6 @@ def check_expressible(cfg: GPTConfig) -> None:
             )
 
 
-def n_vocab_of(cfg: GPTConfig) -> int:
-    """Rows that are real tokens: GPT-2's, or all of a smaller embedding."""
-    return min(cfg.vocab_size, N_VOCAB)
-
-
 def to_gpt2(model: GPT, dtype: str) -> tuple[dict[str, Tensor], Tensor]:
     """Weights under GPT2LMHeadModel's names, without the tied head, and the padding rows of the embedding.
 
@@ -72,7 +67,7 @@ def to_gpt2(model: GPT, dtype: str) -> tuple[dict[str, Tensor], Tensor]:
         tensors[name] = (rounded.T if name.endswith(TRANSPOSED) else rounded).contiguous()
         if not model.cfg.bias and name.endswith((*TRANSPOSED, *NORMS)):
             tensors[name.removesuffix("weight") + "bias"] = torch.zeros(len(parameter), dtype=stored)
-    n_vocab = n_vocab_of(model.cfg)
+    n_vocab = model.cfg.n_vocab
     padding = tensors[WTE][n_vocab:].clone()
     tensors[WTE] = tensors[WTE][:n_vocab].clone()
     return tensors, padding
@@ -80,7 +75,7 @@ def to_gpt2(model: GPT, dtype: str) -> tuple[dict[str, Tensor], Tensor]:
 
 def to_gpt2_config(cfg: GPTConfig, dtype: str) -> dict[str, Any]:
     """config.json of a GPT2LMHeadModel."""
-    n_vocab = n_vocab_of(cfg)
+    n_vocab = cfg.n_vocab
     eot = EOT if n_vocab == N_VOCAB else None
     return {
         "architectures": ["GPT2LMHeadModel"],

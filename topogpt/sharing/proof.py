@@ -12,7 +12,6 @@ import torch
 
 from topogpt.errors import UserError
 from topogpt.model.gpt import GPT
-from topogpt.settings import N_VOCAB
 from topogpt.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # largest difference of a logit from ours, in float32
@@ -38,7 +37,7 @@ def prove(folder: Path, model: GPT, words: Tokenizer | None) -> str:
         import transformers
     except ModuleNotFoundError:
         return "not checked against transformers, which is not installed (pip install transformers)"
-    n_vocab = min(model.cfg.vocab_size, N_VOCAB)
+    n_vocab = model.cfg.n_vocab
     if words is not None:
         tokens = words.encode_document(TEXT).tolist()
     else:

@@ -32,11 +32,6 @@ def token_maps(
     }
 
 
-def mean_morans_i(maps: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Moran's I (queen, row-standardised) of each sheet, averaged over its maps; constant maps: 0."""
-    return {sheet: float(np.nan_to_num(topo.morans_i(grids)).mean()) for sheet, grids in maps.items()}
-
-
 def save_arrays(path: Path, maps: Mapping[str, np.ndarray]) -> None:
     """Keep maps, so that a picture can be redrawn; runs.folder.read_maps reads them."""
     np.savez_compressed(path, **{sheet: grids.astype(np.float32) for sheet, grids in maps.items()})
@@ -53,6 +48,6 @@ def draw(
     groups = []
     for label, maps in steps:
         shown = {sheet: drawing.standardised(grids[map_index]) for sheet, grids in maps.items()}
-        moran = float(np.mean(list(mean_morans_i(maps).values())))
+        moran = float(np.mean(list(topo.mean_morans_i(maps).values())))
         groups.append(drawing.Maps(label, shown, moran=moran))
     drawing.save(drawing.draw_sheets(groups, title, "activation (sd of its sheet)", drawing.LIMIT), path)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from topogpt import topo
 from topogpt.text.loader import Corpus, fixed_batches
 from topogpt.training import maps
 from topogpt.training.log import RunLog
@@ -48,7 +49,7 @@ def report(t: Training, values: Values, corpus: Corpus, run: Path, log: RunLog) 
     cfg, state = t.cfg, t.state
     text = corpus.window(0, min(cfg.model.block_size, corpus.n_tokens)).astype("int64")
     grids = maps.token_maps(t.model, torch.from_numpy(text), t.objective.positions, N_MAPS)
-    by_sheet = maps.mean_morans_i(grids)
+    by_sheet = topo.mean_morans_i(grids)
     moran = sum(by_sheet.values()) / len(by_sheet)
     with torch.no_grad():
         of_weights = {name: t.objective.loss_of_weights(name).item() for name in t.objective.of_weights}
