@@ -14,7 +14,6 @@ from topogpt.model.cost import TOKENIZER_BYTES, Cost
 from topogpt.settings import N_VOCAB, CostConfig
 from topogpt.spatial.schedule import losses_in_words
 from topogpt.terminal import cell, print_table, say
-from topogpt.topo import grid_shape
 
 if TYPE_CHECKING:
     from topogpt.model.gpt import GPT, GPTConfig, Output, sheet_names
@@ -69,7 +68,7 @@ def show_flops(cost: Cost) -> None:
 
 
 def show_sheets(cost: Cost) -> None:
-    t, (h, w) = cost.cfg.topo, grid_shape(cost.cfg.model.n_embd)
+    t, (h, w) = cost.cfg.topo, cost.cfg.sheet_shape
     say(f"sheets: {cost.n_sheets} of {h}x{w} units, {cost.n_sheets * h * w:,} units in all")
     k, units = cost.chosen
     side, n = 2 * t.radius - 1, cost.n_neighbourhoods

@@ -20,10 +20,20 @@ from topogpt.config import parse
 from topogpt.drawing import LIMIT, standardised
 from topogpt.errors import UserError, run_main
 from topogpt.runs.folder import read_maps, read_metrics, step_folder
-from topogpt.settings import MapConfig
+from topogpt.settings import GPTConfig, MapConfig, TopoConfig
+from topogpt.spatial.layout import sheet_positions
 from topogpt.spatial.schedule import losses_in_words
 from topogpt.terminal import has_colours, picture, print_table, say
-from topogpt.topo import grid_shape, mean_morans_i, morans_i, noise_floor, on_grid, positions, sheet_order
+from topogpt.topo import (
+    grid_shape,
+    mean_morans_i,
+    morans_i,
+    noise_floor,
+    on_grid,
+    positions,
+    sheet_order,
+    sheet_shape,
+)
 from topogpt.topography import Topography, download_topography, load_topography, save_topography
 
 __all__ = ["Topography", "grid_shape", "load_topography", "morans_i", "on_grid", "positions"]
@@ -180,7 +190,9 @@ def grid_of(found: Found) -> tuple[int, int]:
     if found.topography is not None:
         return found.topography.grid
     if found.settings:
-        return grid_shape(found.settings["model"]["n_embd"])
+        model, layout = found.settings["model"], found.settings["topo"].get("layout", "per_branch")
+        n_hidden = model.get("n_inner") or 4 * model["n_embd"]
+        return sheet_shape(layout, model["n_layer"], model["n_embd"], n_hidden)
     raise UserError(f"{found.folder} has neither config.yaml nor a checkpoint; its grid is not known")
 
 
@@ -203,13 +215,21 @@ def show_run(found: Found) -> None:
         say(f"sheets: {h}x{w} units; there is no checkpoint yet that keeps their positions")
         return
     seed = f", seed {known.seed}" if known.kind == "permuted" else ""
-    given = known.kind and all(
-        np.array_equal(p, positions(known.kind, h * w, known.seed or 0, sheet))
-        for sheet, p in known.positions.items()
-    )
+    given = not settings or as_configured(settings, known)
     kind = f"{known.kind}{seed}" if given else "of their own, taken from where the run started (init_from)"
     n = len(known.positions)
     say(f"sheets: {n} of {h}x{w} units, {n * h * w:,} in all; positions: {kind}")
+
+
+def as_configured(settings: dict[str, Any], known: Topography) -> bool:
+    """Whether positions are those that the run's settings give."""
+    chosen = {
+        key: settings["topo"][key] for key in ("layout", "positions", "seed") if key in settings["topo"]
+    }
+    given = sheet_positions(TopoConfig(loss="none", **chosen), GPTConfig(**settings["model"]))
+    return given.keys() == known.positions.keys() and all(
+        np.array_equal(p, known.positions[sheet]) for sheet, p in given.items()
+    )
 
 
 def show_figures(found: Found, floor: tuple[float, float]) -> None:
@@ -246,7 +266,7 @@ def show_sheets(found: Found, floor: tuple[float, float]) -> None:
     rows, branches = {}, []
     for sheet in sorted(by_sheet, key=sheet_order):
         layer, _, branch = sheet.rpartition(".")
-        rows.setdefault(layer, {})[branch] = by_sheet[sheet]
+        rows.setdefault(layer or "one sheet", {})[branch] = by_sheet[sheet]
         branches += [branch] if branch not in branches else []
     noise = shown_floor(floor)
     lines = [[layer, *(values.get(b) for b in branches), noise] for layer, values in rows.items()]

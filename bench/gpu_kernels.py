@@ -13,7 +13,7 @@ from bench.common import interleaved, matmul_precision, relative_error
 from bench.gpu_bench import Bench
 from topogpt.distributed import Ranks
 from topogpt.model import cross_entropy as ours
-from topogpt.model.gpt import GPT, Attention, sheet_names
+from topogpt.model.gpt import GPT, Attention
 from topogpt.spatial.layout import sheet_positions
 from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.training.optim import build_optimizer
@@ -43,7 +43,7 @@ def ceiling(bench: Bench) -> None:
 def spatial(bench: Bench) -> None:
     """Forward and backward of the spatial loss alone: the product, every candidate, the usual loop."""
     cfg, model = bench.train.topo, bench.train.model
-    positions = sheet_positions(cfg, sheet_names(model.n_layer), model.n_embd)
+    positions = sheet_positions(cfg, model)
     product = TopoLMLoss(cfg, positions).to(bench.device)
     losses: dict[str, nn.Module] = {"product": product}
     losses |= {name: variants.CandidateLoss(product, how) for name, how in variants.CANDIDATES.items()}

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Literal
 
 from bench.common import Report, device_label, interleaved, matmul_precision, start
+from topogpt import topo
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.settings import TopoConfig
@@ -49,14 +50,13 @@ def main(argv: list[str]) -> None:
     import torch
 
     from bench.variants import LoopLoss, draw_activations, gradients, spatial_errors
-    from topogpt.spatial.layout import sheet_positions
     from topogpt.spatial.topolm import TopoLMLoss
 
     device = start(cfg.device, cfg.threads)
     report = Report(as_json=cfg.json, device=device_label(device))
     topo_cfg = TopoConfig(radius=cfg.radius, neighbourhoods=cfg.neighbourhoods)
     names = [f"sheet.{i}" for i in range(cfg.sheets)]
-    positions = sheet_positions(topo_cfg, names, cfg.n_embd)
+    positions = {name: topo.positions("permuted", cfg.n_embd, 0, name) for name in names}
     ours, loop = TopoLMLoss(topo_cfg, positions).to(device), LoopLoss(topo_cfg, positions).to(device)
     report.say(
         f"spatial loss, forward + backward: {cfg.sheets} sheets x {cfg.tokens} tokens x {cfg.n_embd} units, "

@@ -65,7 +65,7 @@ def collect(subject: Subject, windows: np.ndarray, n_maps: int) -> Statistics:
     with torch.inference_mode():
         for start in progress(range(0, n_windows, per_batch), f"{subject.label}: reading text"):
             batch = torch.from_numpy(windows[start : start + per_batch]).to(device)
-            named = subject.model(batch, activations=True, last_only=True).activations
+            named = subject.model(batch, activations=subject.sheets, last_only=True).activations
             here = at[(at >= start * length) & (at < start * length + batch.numel())] - start * length
             for sheet, cells in order.items():
                 x = named.pop(sheet).flatten(0, 1).float()[:, cells.to(device)]  # (N, h w)

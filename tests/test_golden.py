@@ -16,8 +16,8 @@ import torch
 
 from topogpt import rng, topo
 from topogpt.config import parse
-from topogpt.model.gpt import GPT, sheet_names
-from topogpt.settings import TopoConfig, TrainConfig
+from topogpt.model.gpt import GPT
+from topogpt.settings import GPTConfig, TopoConfig, TrainConfig
 from topogpt.spatial.layout import sheet_positions
 from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.text.loader import Corpus, TokenLoader, open_corpus
@@ -150,7 +150,7 @@ def test_positions():
 
 def test_neighbourhoods():
     cfg = TopoConfig()
-    loss = TopoLMLoss(cfg, sheet_positions(cfg, sheet_names(12), 784))
+    loss = TopoLMLoss(cfg, sheet_positions(cfg, GPTConfig()))
     found = {key: loss.choose(*key) for key in NEIGHBOURHOODS}
     assert {key: (sha256(c), c[0].tolist(), c[-1].tolist()) for key, c in found.items()} == NEIGHBOURHOODS
 

@@ -104,24 +104,26 @@ def no_pictures() -> None:
     maps.draw = lambda *args, **kwargs: None
 
 
-def random_run(out: Path, name: str = "run", *, step: int = 8, seed: int = 0, **model) -> Path:
+def random_run(
+    out: Path, name: str = "run", *, step: int = 8, seed: int = 0, topo: dict[str, Any] | None = None, **model
+) -> Path:
     """A run with one checkpoint, of a model whose logits are large enough to be wrong."""
     import torch
 
-    from topogpt.model.gpt import GPT, sheet_names
+    from topogpt.model.gpt import GPT
     from topogpt.runs import checkpoint
     from topogpt.runs.state import TrainState
     from topogpt.spatial.layout import sheet_positions
     from topogpt.training.optim import build_optimizer
 
     shape = {"vocab_size": GPTConfig().vocab_size, "n_layer": 2, "n_embd": 16, "block_size": 48}
-    cfg = config(out, name, out_dir=str(out), model=shape | model)
+    cfg = config(out, name, out_dir=str(out), model=shape | model, topo=topo or {})
     torch.manual_seed(seed)
     net = GPT(cfg.model)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(12 if parameter.dim() == 2 else 1).add_(0.05 * torch.randn_like(parameter))
-    positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    positions = sheet_positions(cfg.topo, cfg.model)
     run = out / name
     run.mkdir(parents=True, exist_ok=True)
     value = {

@@ -66,7 +66,7 @@ def draw_sheets(groups: Sequence[Maps], title: str, unit: str, limit: float | No
         list(dict.fromkeys(names)) for names in zip(*map(split, groups[0].values), strict=True)
     )
     h, w = next(iter(groups[0].values.values())).shape
-    inches = (0.9 if len(columns) > 6 else 1.3) / w  # of a unit
+    inches = (0.9 if len(columns) > 6 else 1.3 if len(columns) > 1 else 2.6) / w  # of a unit
     gap, line = max(1, round(h / 10)), 0.2 / inches  # in units: between sheets, and of text
     block = len(branches) * (h + gap) - gap + 1.8 * line  # one of groups, and the heading of the next
     width, height = len(columns) * (w + gap) - gap, len(groups) * block + 0.6 * line

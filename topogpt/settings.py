@@ -67,6 +67,7 @@ class TopoConfig:
     modules: tuple[str, ...] = ("*.mlp.c_fc",)  # whose weights toponets, neighbour and wiring look at
     factor_h: float = 8.0  # toponets compares a sheet with itself, this many times lower and back
     factor_w: float = 8.0  # the same for its width
+    layout: topo.Layout = "per_branch"  # sheets: of each branch, of each c_fc, or one for all branches
     positions: Literal["permuted", "identity"] = "permuted"  # at random, fixed, per sheet; or in order
     seed: int = 0  # of the positions
     radius: int = 5  # a neighbourhood is the units at linf distance < radius of a centre (5: 9x9 units)
@@ -87,6 +88,12 @@ class TopoConfig:
             check_at_least(f"topo.{name}", getattr(self, name), 1)
         if not self.modules:
             raise UserError("topo.modules is empty; name modules, such as --topo.modules '*.mlp.c_fc'")
+        of_weights = [name for name in self.objectives if name != "topolm"]
+        if self.layout == "c_fc" and self.positions == "permuted" and of_weights:
+            raise UserError(
+                f"topo.loss = {self.loss}: {of_weights[0]} takes the units of c_fc to lie row by row, and "
+                "topo.positions = permuted would show them elsewhere; give --topo.positions identity"
+            )
         check_at_least("topo.weight_warmup_steps", self.weight_warmup_steps, 0)
         check_at_least("topo.radius", self.radius, 2)
         check_at_least("topo.neighbourhoods", self.neighbourhoods, 0)
@@ -207,19 +214,26 @@ class TrainConfig:
         check_at_least("patience", self.patience, 0)
         self.check_sheet()
 
+    @property
+    def sheet_shape(self) -> tuple[int, int]:
+        """Height and width of a sheet."""
+        m = self.model
+        return topo.sheet_shape(self.topo.layout, m.n_layer, m.n_embd, m.n_hidden)
+
     def check_sheet(self) -> None:
-        side, (h, w) = 2 * self.topo.radius - 1, topo.grid_shape(self.model.n_embd)
+        side, (h, w) = 2 * self.topo.radius - 1, self.sheet_shape
+        key = "n_inner" if self.topo.layout == "c_fc" and self.model.n_inner is not None else "n_embd"
+        units = getattr(self.model, key)
         if min(h, w) < 3:
-            square = max(3, round(self.model.n_embd**0.5)) ** 2
+            square = max(3, round(units**0.5)) ** 2
             raise UserError(
-                f"model.n_embd = {self.model.n_embd} makes a sheet of {h}x{w} units, too narrow for a "
-                f"neighbourhood; choose one that is more nearly a square, such as --model.n_embd {square}"
+                f"model.{key} = {units} makes a sheet of {h}x{w} units, too narrow for a "
+                f"neighbourhood; choose one that is more nearly a square, such as --model.{key} {square}"
             )
         if side > min(h, w):
             raise UserError(
                 f"topo.radius = {self.topo.radius} is too large for the sheet: {side}x{side} units do not "
-                f"fit the {h}x{w} of model.n_embd = {self.model.n_embd}; try --topo.radius "
-                f"{(min(h, w) + 1) // 2}"
+                f"fit the {h}x{w} of model.{key} = {units}; try --topo.radius {(min(h, w) + 1) // 2}"
             )
 
 

@@ -1,17 +1,24 @@
 """Sheets: where the units of a layer lie, which are neighbours, and how map-like a pattern on them is.
 
-Each branch of each block is a sheet of its own ("layer.3.attn", "layer.3.mlp"): n_embd units on an h x w
-grid. Positions in files are in topography.py, the losses on sheets in spatial/; this needs numpy alone.
+By default each branch of each block is a sheet of its own ("layer.3.attn", "layer.3.mlp"): n_embd units on an
+h x w grid; `Layout` says which other sheets there are. Positions in files are in topography.py, the losses on
+sheets in spatial/; this needs numpy alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
 from topogpt import rng
 
 N_NOISE = 500  # white-noise maps whose Moran's I is the floor
+
+# Which sheets a model has: the outputs of each branch ("layer.3.attn", "layer.3.mlp"); of each c_fc, before
+# the GELU ("layer.3.fc"), on which the losses on weights act; or of all branches together ("all").
+Layout = Literal["per_branch", "c_fc", "one_sheet"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+ONE_SHEET = "all"
 
 
 def grid_shape(n_units: int) -> tuple[int, int]:
@@ -129,9 +136,37 @@ def noise_floor(h: int, w: int) -> tuple[float, float]:
     return float(np.nanmean(found)), float(np.nanstd(found))
 
 
-def sheet_names(n_layer: int) -> list[str]:
-    """Names of a model's sheets, and of its activations, in forward order: two of every layer."""
-    return [f"layer.{i}.{branch}" for i in range(n_layer) for branch in ("attn", "mlp")]
+def sheet_names(n_layer: int, layout: Layout = "per_branch") -> list[str]:
+    """Names of a model's sheets, and of its activations, in forward order."""
+    if layout == "one_sheet":
+        return [ONE_SHEET]
+    parts = ("fc",) if layout == "c_fc" else ("attn", "mlp")
+    return [f"layer.{i}.{part}" for i in range(n_layer) for part in parts]
+
+
+def layout_of(sheets: Iterable[str], n_layer: int) -> Layout:
+    """The layout whose sheets these are; ValueError where there is none."""
+    there = set(sheets)
+    for layout in LAYOUTS:
+        if there == set(sheet_names(n_layer, layout)):
+            return layout
+    expected = ", ".join(sheet_names(n_layer))
+    given = ", ".join(sheets)
+    raise ValueError(f"the sheets {given} are not those of a model of {n_layer} layers: {expected}")
+
+
+def sheet_shape(layout: Layout, n_layer: int, n_embd: int, n_hidden: int) -> tuple[int, int]:
+    """Height and width of a sheet of a model with n_hidden hidden units an MLP.
+
+    The one sheet gives each branch rows of its own, n_embd units in order of depth, and is as nearly square
+    as that allows: TopoLM's 24 branches of 784 lie on 168x112, seven rows each.
+    """
+    if layout != "one_sheet":
+        return grid_shape(n_hidden if layout == "c_fc" else n_embd)
+    n = 2 * n_layer * n_embd
+    widths = (w for w in range(1, n_embd + 1) if n_embd % w == 0)
+    w = min(widths, key=lambda w: abs(np.log(n / w / w)))
+    return n // w, w
 
 
 def sheet_order(sheet: str) -> list[tuple[int, str]]:

@@ -41,9 +41,9 @@ def save_topography(
     """Write topography.safetensors (positions, a tensor per sheet) and topography.json (what they mean)."""
     from safetensors.numpy import save
 
-    n_units = {len(p) for p in positions.values()}
-    assert len(n_units) == 1, "all sheets have the same number of units"
-    grid = topo.grid_shape(n_units.pop())
+    grids = {topo.grid_of(p) for p in positions.values()}
+    assert len(grids) == 1, "all sheets have the same grid"
+    grid = grids.pop()
     tensors = {sheet: np.ascontiguousarray(p, dtype=np.int32) for sheet, p in positions.items()}
     (folder / "topography.safetensors").write_bytes(save(tensors, metadata={"format": FORMAT}))
     facts = {
@@ -99,7 +99,7 @@ def read_topography(tensors: Path, facts: Path) -> Topography:
         raise ValueError(f"{tensors} and {facts.name} cannot be read as a topography: {error}") from None
     order = {name: i for i, name in enumerate(said.get("sheets") or sorted(found, key=topo.sheet_order))}
     found = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
-    grid = topo.grid_shape(len(next(iter(found.values()))))
+    grid = topo.grid_of(next(iter(found.values())))
     distance = float(said.get("unit_distance_mm", 1.0))
     return Topography(found, grid, distance, kind=said.get("positions"), seed=said.get("seed"))
 

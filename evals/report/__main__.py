@@ -10,7 +10,7 @@ evals/report.html inside the run. The file needs nothing but a browser: no netwo
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, make_dataclass
+from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
 from typing import Any, NamedTuple
 
 import evals
@@ -68,7 +68,10 @@ def config_with(analyses: dict[str, Analysis]) -> type[ReportConfig]:
 def main(argv: list[str]) -> None:
     analyses = section.discover(evals)
     cfg = parse(config_with(analyses), argv, prog="python -m evals.report")
-    subjects = [load_subject(cfg, source) for source in cfg.sources]
+    subjects: list[Subject] = []
+    for source in cfg.sources:
+        subjects.append(load_subject(cfg, source))
+        cfg = replace(cfg, layout=subjects[0].layout)  # the control is looked at on the model's sheets
     check_matched(subjects)
     texts = reader.choose_texts(subjects, cfg.texts, cfg.budget, cfg.vocab_dir)
     models = [Model(*named, i) for i, named in enumerate(zip(cfg.sources, subjects, strict=True))]
@@ -173,6 +176,8 @@ def why_run(cfg: ReportConfig, name: str, model: Model, redo: bool) -> str | Non
         return str(error)
     if content["model"]["weights_sha256"] != model.subject.weights_sha256:
         return f"the results were of other weights ({content['model']['checkpoint']})"
+    if content["model"]["sheets"] != model.subject.sheets:
+        return f"the results were of other sheets ({content['model']['sheets'][0]}, ...)"
     if content["protocol"].get("positions") != cfg.positions:
         return f"the results were of other positions ({content['protocol'].get('positions')})"
     return None

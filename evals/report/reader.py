@@ -134,7 +134,7 @@ def activations(subject: Subject, tokens: np.ndarray, words: bool) -> Any:
     device = subject.model.device
     text = torch.from_numpy(np.concatenate([lead, tokens]).astype(np.int64)).to(device)
     with torch.inference_mode():
-        named = subject.model(text[None], activations=True, last_only=True).activations
+        named = subject.model(text[None], activations=subject.sheets, last_only=True).activations
         order = {s: torch.from_numpy(topo.units_by_cell(p)) for s, p in subject.positions.items()}
         shown = [named[s][0, len(lead) :].float()[:, cells.to(device)] for s, cells in order.items()]
         return torch.cat(shown, dim=1)

@@ -54,7 +54,7 @@ def test_a_model_without_positions_asks_for_some(monkeypatch, tmp_path):
 
 
 def test_positions_of_another_model_are_refused():
-    with pytest.raises(ValueError, match=r"positions must be 4 arrays \(12, 2\): layer.0.attn"):
+    with pytest.raises(ValueError, match=r"layer.0.attn are not those of a model of 2 layers"):
         small_run(positions={"layer.0.attn": np.zeros((12, 2))})
 
 

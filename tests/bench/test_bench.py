@@ -20,9 +20,9 @@ import bench.step
 from bench.common import Report, interleaved
 from bench.training import SETUPS, Setup, Trainer
 from bench.variants import CANDIDATES, CandidateLoss, LoopLoss, draw_activations, spatial_errors
+from topogpt import topo
 from topogpt.errors import UserError
 from topogpt.settings import GPTConfig, TopoConfig, TrainConfig
-from topogpt.spatial.layout import sheet_positions
 from topogpt.spatial.topolm import TopoLMLoss
 from topogpt.text.loader import MicroBatch
 
@@ -71,7 +71,7 @@ def test_spatial(capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_candidates_equal_the_usual_loop(name, dtype):
     cfg = TopoConfig(radius=3, neighbourhoods=4, distance="l1")
-    positions = sheet_positions(cfg, ["a", "b", "c"], 48)
+    positions = {name: topo.positions("permuted", 48, 0, name) for name in "abc"}
     product, loop = TopoLMLoss(cfg, positions), LoopLoss(cfg, positions)
     leaves = draw_activations(3, 40, 48, dtype=dtype)
     losses = {"it": CandidateLoss(product, CANDIDATES[name])}

@@ -16,7 +16,7 @@ from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.model import cross_entropy
 from topogpt.model.cost import CHUNK_ELEMENTS, TOKENIZER_BYTES, Cost, weight_shapes
-from topogpt.model.gpt import GPT, sheet_names
+from topogpt.model.gpt import GPT
 from topogpt.settings import CostConfig, GPTConfig, TopoConfig, TrainConfig
 from topogpt.sharing.export import write_topography, write_weights
 from topogpt.spatial.layout import sheet_positions
@@ -114,7 +114,7 @@ def test_palms_formula_counts_the_norms_too_and_nothing_else():
 
 def spatial_loss(cost: Cost) -> TopoLMLoss:
     cfg = cost.cfg
-    sheets = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    sheets = sheet_positions(cfg.topo, cfg.model)
     loss = TopoLMLoss(cfg.topo, sheets)
     loss.dense = True  # as on a GPU
     return loss
@@ -124,7 +124,7 @@ def measured_peak(cost: Cost, batch: int) -> int:
     """Most bytes that a step allocates over what it found, by torch's own account."""
     cfg = cost.cfg
     net, cpu = GPT(cfg.model), Ranks(0, 1, torch.device("cpu"))
-    positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    positions = sheet_positions(cfg.topo, cfg.model)
     objective = Objective(net, replace(cfg, dtype=cost.dtype), positions, cpu)
     tokens = torch.randint(0, cfg.model.vocab_size, (batch, cfg.model.block_size))
     chosen = objective.choose(0, 0, 0)

@@ -6,6 +6,7 @@ import torch
 from topogpt.model.generate import sample_from
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.settings import GPTConfig
+from topogpt.topo import LAYOUTS
 
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=96)
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out) by transformers
@@ -100,6 +101,25 @@ def test_activations_are_the_outputs_of_the_branches_before_the_residual_additio
     assert model(tokens).activations == {}
 
 
+def test_activations_by_name(model, tokens):
+    """Outputs of c_fc as a hook sees them, and all branches side by side; nothing else changes."""
+    seen = []
+    hooks = [
+        block.mlp.c_fc.register_forward_hook(lambda module, inputs, out: seen.append(out))
+        for block in model.transformer.h
+    ]
+    names = ["all", "layer.1.fc", "layer.0.attn", "layer.0.fc"]
+    out, branches = model(tokens, activations=names), model(tokens, activations=True)
+    for hook in hooks:
+        hook.remove()
+    assert list(out.activations) == names
+    assert torch.equal(out.activations["layer.0.fc"], seen[0])
+    assert torch.equal(out.activations["layer.1.fc"], seen[1])
+    assert torch.equal(out.activations["layer.0.attn"], branches.activations["layer.0.attn"])
+    assert torch.equal(out.activations["all"], torch.cat(list(branches.activations.values()), -1))
+    assert torch.equal(out.logits, branches.logits)
+
+
 def test_post_residual_shows_the_residual_stream(model, tokens):
     after = GPT(GPTConfig(**{**vars(SMALL), "post_residual": True})).eval()
     after.load_state_dict(model.state_dict())
@@ -177,10 +197,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
     assert found.nonzero().flatten().tolist() == kept
 
 
-def test_compiles_into_one_graph(model, tokens):
-    out = torch.compile(lambda x: model(x, x, activations=True), fullgraph=True, backend="aot_eager")(tokens)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_into_one_graph(model, tokens, layout):
+    names = sheet_names(2, layout)
+    out = torch.compile(lambda x: model(x, x, activations=names), fullgraph=True, backend="aot_eager")(tokens)
     torch.testing.assert_close(out.loss, model(tokens, tokens).loss)
-    assert list(out.activations) == sheet_names(2)
+    assert list(out.activations) == names
 
 
 def test_biases_start_at_zero_and_gpt2_small_has_its_published_size():

@@ -117,6 +117,27 @@ def test_logits_and_sheets_are_ours(run, folder):
         assert (theirs_shown - out.activations[sheet]).abs().max() < 1e-4, sheet
 
 
+@pytest.mark.parametrize("layout", ["c_fc", "one_sheet"])
+def test_other_sheets_are_exported_and_come_back(tmp_path, layout):
+    run = tiny.random_run(tmp_path, vocab_size=64, topo={"layout": layout, "radius": 2})
+    folder, tokens = export.export(run), some_tokens(64)
+    loaded, back = checkpoint.load_run(run), hf_import.load_gpt2_folder(folder)
+    assert list(back.positions) == list(loaded.positions) == sheet_names(2, layout)
+    assert all(np.array_equal(back.positions[name], p) for name, p in loaded.positions.items())
+    said = json.loads((folder / "topography.json").read_text())
+    grid = {"c_fc": [8, 8], "one_sheet": [8, 8]}[layout]
+    assert said["grid"] == grid == json.loads((folder / "config.json").read_text())["topography"]["grid"]
+    assert list(said["shown_by"]) == sheet_names(2, layout)
+    if layout == "c_fc":
+        stock, shown = theirs(folder), []
+        module = stock.get_submodule(said["shown_by"]["layer.1.fc"].split()[0])
+        module.register_forward_hook(lambda _, inputs, out: shown.append(out))
+        with torch.no_grad():
+            stock(tokens)
+            ours = loaded.model(tokens, activations=["layer.1.fc"]).activations["layer.1.fc"]
+        assert (shown[0] - ours).abs().max() < 1e-4
+
+
 def test_a_post_residual_model_says_where_its_sheets_are(tmp_path):
     run = tiny.random_run(tmp_path, post_residual=True, vocab_size=64)
     folder, tokens, shown = export.export(run), some_tokens(64), {}
@@ -408,8 +429,14 @@ SPOIL = {
     "has no config.json": lambda f: (f / "config.json").unlink(),
     "50256 tokens in its tokenizer but vocab_size = 50257": drop_word,
     "another vocabulary": swap_words,
-    "does not hold 4 sheets of 16 units": lambda f: topography.save_topography(
+    "the sheets layer.0.attn are not those of a model of 2 layers": lambda f: topography.save_topography(
         f, {"layer.0.attn": topo.positions("identity", 16, 0, "x")}, kind="identity", seed=0
+    ),
+    "does not hold sheets of 8x8 units": lambda f: topography.save_topography(
+        f,
+        {f"layer.{i}.fc": topo.positions("identity", 16, 0, "x") for i in range(2)},
+        kind="identity",
+        seed=0,
     ),
 }  # fmt: skip
 
@@ -478,15 +505,22 @@ def card(folder: Path) -> str:
 def test_the_code_in_the_cards_runs(folder, small, tmp_path):
     """As it stands, in the folder; one process for both kinds of card, as imports take long."""
     places = [folder, export.export(small, out=tmp_path / "hf")]
+    for i, (layout, more) in enumerate(
+        [("c_fc", {}), ("one_sheet", {}), ("one_sheet", {"post_residual": True})]
+    ):
+        topo = {"layout": layout, "radius": 2}
+        run = tiny.random_run(tmp_path, f"{layout}{i}", vocab_size=tiny.VOCAB, topo=topo, **more)
+        places.append(export.export(run))
     for i, place in enumerate(places):
         code = re.search(r"```python\n(.*?)```", card(place), re.DOTALL)[1]
-        assert len([line for line in code.splitlines() if line and "import" not in line]) <= 12
+        assert len([line for line in code.splitlines() if line and "import" not in line]) <= 13
         (tmp_path / f"card{i}.py").write_text(code)
-    both = "import os, runpy, sys\nfor i in 1, 3: os.chdir(sys.argv[i]); runpy.run_path(sys.argv[i + 1])"
+    each = "for i in range(1, 11, 2): os.chdir(sys.argv[i]); runpy.run_path(sys.argv[i + 1])"
+    command = [sys.executable, "-c", f"import os, runpy, sys\n{each}"]
     arguments = [str(path) for i, place in enumerate(places) for path in (place, tmp_path / f"card{i}.py")]
-    done = subprocess.run([sys.executable, "-c", both, *arguments], capture_output=True, text=True)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tensor([[") == 2 and done.stdout.count("The cortex") == 1
+    assert done.stdout.count("tensor([[") == 5 and done.stdout.count("The cortex") == 1
 
 
 def test_the_card_is_made_from_the_run(folder):

@@ -5,18 +5,19 @@ import pytest
 import torch
 
 from topogpt import topo
-from topogpt.settings import TopoConfig
+from topogpt.settings import GPTConfig, TopoConfig
 from topogpt.spatial.layout import sheet_positions
 from topogpt.spatial.schedule import weight_at
 from topogpt.spatial.topolm import TopoLMLoss
 
 SHEETS = ["layer.0.attn", "layer.0.mlp"]
 N_UNITS = 100
+SHAPE = GPTConfig(n_layer=1, n_embd=N_UNITS, n_head=1)
 
 
 def small_loss(**settings) -> tuple[TopoLMLoss, dict[str, np.ndarray]]:
     cfg = TopoConfig(**{"radius": 3, "neighbourhoods": 4, **settings})
-    positions = sheet_positions(cfg, SHEETS, N_UNITS)
+    positions = sheet_positions(cfg, SHAPE)
     return TopoLMLoss(cfg, positions), positions
 
 
@@ -117,7 +118,7 @@ def test_independent_units_lose_a_half():
 
 def test_correlations_that_equal_the_inverse_distances_lose_nothing():
     cfg = TopoConfig(radius=3, positions="identity", neighbourhoods=0)
-    positions = sheet_positions(cfg, SHEETS[:1], 25)  # the sheet is one neighbourhood
+    positions = {SHEETS[0]: topo.positions("identity", 25, 0, SHEETS[0])}  # the sheet is one neighbourhood
     d = torch.from_numpy(topo.inverse_distances(3))
     root = torch.linalg.cholesky(d)
     g = torch.Generator().manual_seed(0)

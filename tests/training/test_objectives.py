@@ -1,5 +1,6 @@
 """Losses on weights in training, alone and beside TopoLM's. Run: pytest tests/training/test_objectives.py"""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from topogpt.errors import UserError
 from topogpt.settings import TopoConfig
 from topogpt.spatial.schedule import share_at, weight_at
+from topogpt.topo import sheet_names
 from topogpt.training import setup
 from topogpt.training.objective import Objective
 from train import train
@@ -54,6 +56,23 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder, loss, schedule):
     assert tiny.records(runs[0]) == tiny.records(runs[1])
     ours, theirs = (load_file(run / "last" / "model.safetensors") for run in runs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("layout, loss", [("c_fc", "toponets"), ("c_fc", "topolm"), ("one_sheet", "topolm")])
+def test_other_sheets_are_trained_and_a_resumed_run_is_the_same(folder, layout, loss):
+    topo = {"layout": layout, "loss": loss, "positions": "identity", "radius": 2, "tau": 20.0, **SMALL}
+    whole = tiny.config(folder, f"whole {layout} {loss}", topo=topo)
+    train(whole)
+    cut = dataclasses.replace(whole, run_name=f"cut {layout} {loss}")
+    train(dataclasses.replace(cut, max_steps=9))
+    train(dataclasses.replace(cut, resume=True))
+    runs = [tiny.folder_of(cfg) for cfg in (whole, cut)]
+    (first, *_, last) = (r for r in tiny.records(runs[0], "val"))
+    name = "toponets" if loss == "toponets" else "spatial_loss"
+    assert last[name] < first[name] and last["moran"] > first["moran"]
+    assert list(last["moran_by_sheet"]) == sheet_names(1, layout)
+    ours, theirs = (load_file(run / "last" / "model.safetensors") for run in runs)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_loss_on_weights_is_taken_once_a_step_and_an_evaluation(folder, monkeypatch):

@@ -18,7 +18,7 @@ TOKENS_PER_BATCH = 4096  # padding counted in
 
 def of_stimuli(cfg: PoolingConfig, subject: Subject, found: Stimuli) -> dict[str, np.ndarray]:
     """Activations of all items: sheet -> (n_items, n_units) float32."""
-    return of_tokens(subject.model, token_lists(cfg, subject, found), cfg.pooling)
+    return of_tokens(subject.model, token_lists(cfg, subject, found), cfg.pooling, subject.sheets)
 
 
 def token_lists(cfg: PoolingConfig, subject: Subject, found: Stimuli) -> list[np.ndarray]:
@@ -42,9 +42,14 @@ def token_lists(cfg: PoolingConfig, subject: Subject, found: Stimuli) -> list[np
 
 
 def of_tokens(
-    model: "GPT", lists: Sequence[np.ndarray], pooling: Literal["mean", "last"] = "mean"
+    model: "GPT",
+    lists: Sequence[np.ndarray],
+    pooling: Literal["mean", "last"] = "mean",
+    sheets: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Mean over each list's tokens, or its last token: sheet -> (n_lists, n_units) float32.
+
+    sheets: names of those that are wanted; None: of every branch.
 
     Lists of similar length share a batch, padded on the right. Attention is causal, so padding changes
     nothing before it, and it is never counted.
@@ -64,7 +69,7 @@ def of_tokens(
             else:
                 weight = (place == lengths[:, None] - 1).float()
             weight = weight.to(model.device)
-            named = model(tokens.to(model.device), activations=True, last_only=True).activations
+            named = model(tokens.to(model.device), activations=sheets or True, last_only=True).activations
             for sheet, x in named.items():
                 if sheet not in found:
                     found[sheet] = np.empty((len(lists), x.shape[-1]), np.float32)

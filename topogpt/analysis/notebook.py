@@ -22,9 +22,11 @@ from torch import Tensor
 from topogpt import drawing, topo
 from topogpt.analysis import measures
 from topogpt.analysis.lesions import hooked
-from topogpt.model.gpt import GPT, sheet_names
+from topogpt.model.gpt import GPT
 from topogpt.runs.folder import read_metrics
+from topogpt.settings import TopoConfig
 from topogpt.sharing.load import load_model
+from topogpt.spatial.layout import sheet_positions
 from topogpt.text import tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Run:
         model: it is put in eval mode.
         positions: sheet -> (n_units, 2), row and column of each unit; or permuted (at random, seed 0) or
             identity (unit i in cell i, row by row).
+        layout: sheets of permuted or identity positions: per_branch (the outputs of each attention and MLP),
+            c_fc (of each mlp.c_fc), or one_sheet (of all branches together).
         encode: text to tokens; None: GPT-2's, whose vocabulary is found on this machine, or fetched once.
         decode: tokens to text; None: GPT-2's.
         folder: of the checkpoint or the exported folder, where there is one.
@@ -54,17 +58,21 @@ class Run:
         model: GPT,
         positions: Mapping[str, np.ndarray] | Kind = "permuted",
         *,
+        layout: topo.Layout = "per_branch",
         encode: Callable[[str], Sequence[int] | np.ndarray] | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        sheets, n_units = sheet_names(model.cfg.n_layer), model.cfg.n_embd
-        if isinstance(positions, str):
-            positions = {sheet: topo.positions(positions, n_units, 0, sheet) for sheet in sheets}
-        if set(positions) != set(sheets) or {p.shape for p in positions.values()} != {(n_units, 2)}:
-            raise ValueError(f"positions must be {len(sheets)} arrays ({n_units}, 2): {', '.join(sheets)}")
+        given = positions
+        if isinstance(given, str):
+            given = sheet_positions(TopoConfig(loss="none", layout=layout, positions=given), model.cfg)
+        layout = topo.layout_of(given, model.cfg.n_layer)
+        expected = sheet_positions(TopoConfig(loss="none", layout=layout), model.cfg)
+        shapes = {p.shape for p in expected.values()}
+        if {p.shape for p in given.values()} != shapes:
+            raise ValueError(f"positions must be arrays {shapes.pop()}: {', '.join(expected)}")
         self.model = model.eval()
-        self.positions: dict[str, np.ndarray] = {sheet: positions[sheet] for sheet in sheets}
+        self.positions: dict[str, np.ndarray] = {sheet: given[sheet] for sheet in expected}
         self.folder = folder
         self._encode, self._decode = encode, decode
 
@@ -164,6 +172,7 @@ def load(
     checkpoint: str = "best",
     *,
     positions: Mapping[str, np.ndarray] | Kind | None = None,
+    layout: topo.Layout | None = None,
     device: str = "cpu",
 ) -> Run:
     """A trained model with its sheets.
@@ -172,6 +181,7 @@ def load(
         source: a run (out/NAME), an exported folder (out/NAME/hf), or USER/NAME on the Hub.
         checkpoint: of a run: best, last or step-N; on the Hub: the tag step-N.
         positions: for a model without, such as a stock GPT-2, or instead of its own: see `Run`.
+        layout: sheets to look at instead of its own, in order unless positions says otherwise: see `Run`.
         device: where it computes: cpu, cuda, mps.
 
     Raises:
@@ -179,10 +189,12 @@ def load(
         ValueError: the model has no positions, and none are given.
     """
     loaded = load_model(source, checkpoint, device)
-    chosen = positions if positions is not None else loaded.positions
+    chosen = positions
+    if chosen is None:
+        chosen = loaded.positions if layout is None else "identity"
     if not chosen:
         raise ValueError(f"{source} has no positions of its units; give positions='identity' or 'permuted'")
-    return Run(loaded.model, chosen, folder=loaded.folder)
+    return Run(loaded.model, chosen, layout=layout or "per_branch", folder=loaded.folder)
 
 
 @torch.inference_mode()
@@ -204,7 +216,7 @@ def activations(run: Run, texts: Text | Sequence[Text]) -> dict[str, np.ndarray]
     lists = [run.encode(text) for text in as_list(texts)]
     for tokens in lists:
         row = torch.from_numpy(tokens).to(run.model.device)[None]
-        shown = run.model(row, activations=True, last_only=True).activations
+        shown = run.model(row, activations=run.sheets, last_only=True).activations
         for sheet in named:
             named[sheet].append(shown[sheet][0].float().cpu().numpy())
     return {sheet: topo.on_grid(np.concatenate(named[sheet]), p) for sheet, p in run.positions.items()}

@@ -12,7 +12,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -141,6 +141,7 @@ class Analysis:
         cfg, found = parse(self.config, argv, prog=f"python -m evals.{self.name}"), []
         for source in cfg.sources:
             subject = load_subject(cfg, source)
+            cfg = replace(cfg, layout=subject.layout)  # the control is looked at on the model's sheets
             found.append(results.read(subject.results, self.save(cfg, subject)))
         show(self.section(found))
         say(f"numbers: {found[0].folder / found[0].content['analysis']}.json")

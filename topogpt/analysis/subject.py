@@ -14,9 +14,11 @@ import numpy as np
 from topogpt import topo, topography
 from topogpt.errors import UserError, check_at_least
 from topogpt.files import sha256
+from topogpt.settings import TopoConfig
 
 if TYPE_CHECKING:  # --help and mistakes answer at once
     from topogpt.model.gpt import GPT
+    from topogpt.sharing.load import LoadedModel
 
 ELSEWHERE = "run control checkpoint results_dir stimuli_dir figures device vocab_dir".split()
 
@@ -28,7 +30,8 @@ class EvalConfig:
     run: str  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
     control: str | None = None  # its control: analysed the same way, and shown beside it
     checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
-    positions: str | None = None  # for a model without: identity, permuted, or a folder with a topography
+    layout: topo.Layout | None = None  # sheets to look at; None: the model's own; else into evals/LAYOUT
+    positions: str | None = None  # of sheets it has none of: identity, permuted, a folder with a topography
     results_dir: str | None = None  # folder for the results; None: evals/ inside the run or folder
     stimuli_dir: str = "data/stimuli"  # where stimuli lie; `python -m evals.fetch` fills it
     figures: bool = True  # draw the figures, too
@@ -117,8 +120,17 @@ class Subject(NamedTuple):
         return list(self.positions)
 
     @property
+    def layout(self) -> topo.Layout:
+        return topo.layout_of(self.sheets, self.model.cfg.n_layer)
+
+    @property
     def grid(self) -> tuple[int, int]:
-        return topo.grid_shape(self.model.cfg.n_embd)
+        return topo.grid_of(self.positions[self.sheets[0]])
+
+    @property
+    def n_units(self) -> int:
+        """Of a sheet."""
+        return len(self.positions[self.sheets[0]])
 
     def on_grid(self, values: Mapping[str, np.ndarray] | np.ndarray) -> np.ndarray:
         """Values of units, sheet -> (..., n_units) or (S, ..., n_units), as maps (S, ..., h, w)."""
@@ -132,9 +144,11 @@ def load_subject(cfg: EvalConfig, source: str) -> Subject:
     from topogpt.sharing.load import load_model
 
     loaded = load_model(source, cfg.checkpoint, pick_device(cfg.device))
-    positions = loaded.positions or positions_for(cfg, source, loaded.model)
+    positions = positions_on(cfg, source, loaded)
     settings = settings_of(loaded.folder)
     results = Path(cfg.results_dir) if cfg.results_dir else results_folder(source)
+    if loaded.positions and positions.keys() != loaded.positions.keys():  # beside those of its own sheets
+        results = results / topo.layout_of(positions, loaded.model.cfg.n_layer)
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -160,25 +174,34 @@ def results_folder(source: str) -> Path:
     return folder / "evals"
 
 
-def positions_for(cfg: EvalConfig, source: str, model: "GPT") -> dict[str, np.ndarray]:
-    """Positions of a model that has none, as --positions says."""
-    from topogpt.model.gpt import sheet_names
+def positions_on(cfg: EvalConfig, source: str, loaded: "LoadedModel") -> dict[str, np.ndarray]:
+    """Positions on the sheets that cfg.layout names: the model's own, or as --positions says."""
+    from topogpt.spatial.layout import sheet_positions
 
-    sheets, n_units = sheet_names(model.cfg.n_layer), model.cfg.n_embd
-    if cfg.positions is None:
+    shape, own = loaded.model.cfg, loaded.positions
+    own_layout = topo.layout_of(own, shape.n_layer) if own else None
+    layout = cfg.layout or own_layout or "per_branch"
+    if layout == own_layout:
+        return own
+    kind = cfg.positions or ("identity" if own or layout == "c_fc" else None)
+    if kind is None:
         raise UserError(
             f"{source} has no positions of its units; give --positions identity (unit i in cell i), "
             "permuted, or a folder that holds topography.safetensors"
         )
-    if cfg.positions in ("identity", "permuted"):
-        return {sheet: topo.positions(cfg.positions, n_units, 0, sheet) for sheet in sheets}
+    expected = sheet_positions(TopoConfig(loss="none", layout=layout, positions="identity"), shape)
+    if kind == "identity":
+        return expected
+    if kind == "permuted":
+        return sheet_positions(TopoConfig(loss="none", layout=layout), shape)
     try:
-        positions = topography.load_topography(cfg.positions).positions
+        positions = topography.load_topography(kind).positions
     except ValueError as error:
         raise UserError(f"positions: {error}") from None
-    if list(positions) != sheets or {len(p) for p in positions.values()} != {n_units}:
+    here, there = ((len(some), len(next(iter(some.values()))), list(some)) for some in (expected, positions))
+    if here != there:
         raise UserError(
-            f"positions = {cfg.positions} are of {len(positions)} sheets of "
-            f"{len(next(iter(positions.values())))} units, but {source} has {len(sheets)} of {n_units}"
+            f"positions = {kind} are of {there[0]} sheets of {there[1]} units, but {source} has {here[0]} "
+            f"of {here[1]}"
         )
     return positions

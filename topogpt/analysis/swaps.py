@@ -194,8 +194,8 @@ def differences(subject: Subject, sequences: Sequence[Swappable], lags: int) -> 
     """Swap every word that has a substitute, one at a time; the original is read beside them."""
     import torch
 
-    model, sheets, n_words = subject.model, subject.sheets, len(sequences[0].words)
-    shape = (2, len(sheets), n_words, lags + 1, model.cfg.n_embd)
+    sheets, n_words = subject.sheets, len(sequences[0].words)
+    shape = (2, len(sheets), n_words, lags + 1, subject.n_units)
     lagged, n_swaps, before = np.zeros(shape, np.float32), np.zeros((2, n_words), int), 0.0
     with torch.inference_mode():
         for i, sequence in enumerate(progress(sequences, f"{subject.label}: swapping words")):
@@ -236,6 +236,8 @@ def of_words(subject: Subject, rows: Sequence[Sequence[Sequence[int]]]) -> np.nd
         for word, (start, stop) in enumerate(zip(starts, [*starts[1:], len(line)], strict=True)):
             weight[r, word, start:stop] = 1 / (stop - start)
     device = subject.model.device
-    named = subject.model(torch.from_numpy(tokens).to(device), activations=True, last_only=True).activations
+    named = subject.model(
+        torch.from_numpy(tokens).to(device), activations=subject.sheets, last_only=True
+    ).activations
     weights = torch.from_numpy(weight).to(device)
     return np.stack([(weights @ named[sheet].float()).cpu().numpy() for sheet in subject.sheets])

@@ -134,7 +134,7 @@ class Cost:
         """Of the spatial loss and its gradient per token, on a GPU: Gram matrices, and one dense product."""
         if "topolm" not in self.cfg.topo.objectives:
             return 0
-        c, (k, u) = self.cfg.model.n_embd, self.chosen
+        c, (k, u) = self.n_units, self.chosen
         gram = k * u * u if k * u <= c else c * c
         return self.n_sheets * 2 * (gram + self.columns * c)
 
@@ -145,8 +145,13 @@ class Cost:
         return len(self.positions)
 
     @property
+    def n_units(self) -> int:
+        """Of a sheet."""
+        return math.prod(self.cfg.sheet_shape)
+
+    @property
     def n_neighbourhoods(self) -> int:
-        return len(topo.neighbourhood_cells(*topo.grid_shape(self.cfg.model.n_embd), self.cfg.topo.radius))
+        return len(topo.neighbourhood_cells(*self.cfg.sheet_shape, self.cfg.topo.radius))
 
     @property
     def chosen(self) -> tuple[int, int]:
@@ -158,7 +163,7 @@ class Cost:
     def columns(self) -> int:
         """Columns of a sheet that the spatial loss copies."""
         k, u = self.chosen
-        return min(k * u, self.cfg.model.n_embd)
+        return min(k * u, self.n_units)
 
     # ---- bytes
 
@@ -185,8 +190,11 @@ class Cost:
     def shown_per_token(self) -> int:
         """Bytes of what the sheets show of a token, which the spatial loss reads at the end."""
         m = self.cfg.model
-        kept_anyway = "topolm" not in self.cfg.topo.objectives or m.post_residual
-        return 0 if kept_anyway else self.n_sheets * m.n_embd * WIDTH[self.dtype]
+        topo, branches = self.cfg.topo, 2 * m.n_layer * m.n_embd * WIDTH[self.dtype]
+        if "topolm" not in topo.objectives or topo.layout == "c_fc":  # which the GELU keeps anyway
+            return 0
+        side_by_side = branches if topo.layout == "one_sheet" else 0
+        return side_by_side + (0 if m.post_residual else branches)
 
     @property
     def cache_per_token(self) -> int:
@@ -204,7 +212,7 @@ class Cost:
         gradient = head * (4 + narrow) + n * m.n_embd * width
         shown, columns = n * self.shown_per_token, 0
         if "topolm" in self.cfg.topo.objectives:
-            columns = self.n_sheets * 4 * self.columns * (n + m.n_embd)
+            columns = self.n_sheets * 4 * self.columns * (n + self.n_units)
         return Memory(
             weights=self.n_parameters * (4 + 4 + ADAMW_BYTES),
             casts=(self.n_without_positions - head) * narrow,
@@ -224,7 +232,8 @@ class Cost:
 
     @property
     def positions(self) -> Shapes:
-        return {sheet: (self.cfg.model.n_embd, 2) for sheet in topo.sheet_names(self.cfg.model.n_layer)}
+        names = topo.sheet_names(self.cfg.model.n_layer, self.cfg.topo.layout)
+        return {sheet: (self.n_units, 2) for sheet in names}
 
     def export_files(self, dtype: str = "float32") -> dict[str, int]:
         """Bytes of the tensors of an exported folder; its biases are always there, its padding rows apart."""

@@ -5,6 +5,7 @@ losses: it returns the named outputs of its branches, and the objective of train
 Parameter names are GPT-2's, so a checkpoint maps onto `transformers.GPT2LMHeadModel` name by name.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from topogpt.model.cross_entropy import linear_cross_entropy
 from topogpt.model.generate import Cache, LayerCache, generate
 from topogpt.settings import GPTConfig
-from topogpt.topo import sheet_names
+from topogpt.topo import ONE_SHEET, sheet_names
 
 __all__ = ["GPT", "GPTConfig", "Output", "sheet_names"]
 
@@ -22,7 +23,7 @@ __all__ = ["GPT", "GPTConfig", "Output", "sheet_names"]
 class Output(NamedTuple):
     logits: Tensor | None  # (B, T, vocab_size); (B, 1, vocab_size) with last_only; None without keep_logits
     loss: Tensor | None  # scalar: mean cross-entropy in nats over targets that are not -1
-    activations: dict[str, Tensor]  # "layer.3.attn", "layer.3.mlp" -> (B, T, n_embd); empty unless asked for
+    activations: dict[str, Tensor]  # name -> (B, T, n_units), those that were asked for
 
 
 class Attention(nn.Module):
@@ -56,8 +57,12 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(cfg.n_hidden, cfg.n_embd, bias=cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu_approximation)))
+    def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+        """Into seen go the outputs of c_fc, (B, T, n_hidden)."""
+        hidden = self.c_fc(x)
+        if seen is not None:
+            seen.append(hidden)
+        return self.dropout(self.c_proj(F.gelu(hidden, approximate=self.gelu_approximation)))
 
 
 class Block(nn.Module):
@@ -69,11 +74,16 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the residual stream and what the attention and the MLP sheet show, each (B, T, n_embd)."""
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, seen: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual stream and what the attention and the MLP show, each (B, T, n_embd).
+
+        Into seen go the outputs of c_fc.
+        """
         attn = self.attn(self.ln_1(x), cache)
         middle = x + attn
-        mlp = self.mlp(self.ln_2(middle))
+        mlp = self.mlp(self.ln_2(middle), seen)
         out = middle + mlp
         return (out, middle, out) if self.post_residual else (out, attn, mlp)
 
@@ -124,7 +134,7 @@ class GPT(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
-        activations: bool = False,
+        activations: bool | Sequence[str] = False,
         keep_logits: bool = True,
         last_only: bool = False,
         cache: Cache | None = None,
@@ -134,7 +144,9 @@ class GPT(nn.Module):
         Args:
             tokens: (B, T) int64, T at most block_size (cached positions counted in).
             targets: (B, T) int64, -1 where no loss is wanted.
-            activations: whether to return the outputs of the branches.
+            activations: names of those to return, as topo.sheet_names gives them: outputs of branches
+                (layer.3.attn, layer.3.mlp), of c_fc (layer.3.fc), or of all branches side by side (all);
+                True: of every branch.
             keep_logits: without them the loss is taken chunk by chunk, and they are never stored (training).
             last_only: whether to compute logits for the last position only.
             cache: keys and values of the tokens before these; extended by these.
@@ -145,11 +157,20 @@ class GPT(nn.Module):
             raise ValueError(f"{start + t} tokens do not fit the context of {self.cfg.block_size}")
         position = torch.arange(start, start + t, device=tokens.device)
         x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(position))  # (B, T, C)
+        branches = sheet_names(self.cfg.n_layer)
+        wanted = branches if activations is True else activations or ()
+        kept = [*wanted, *branches] if ONE_SHEET in wanted else wanted
         named = {}
         for i, block in enumerate(self.transformer.h):
-            x, attn, mlp = block(x, cache.layers[i] if cache is not None else None)
-            if activations:
-                named[f"layer.{i}.attn"], named[f"layer.{i}.mlp"] = attn, mlp
+            seen = [] if f"layer.{i}.fc" in kept else None
+            x, attn, mlp = block(x, cache.layers[i] if cache is not None else None, seen)
+            shown = {f"layer.{i}.attn": attn, f"layer.{i}.mlp": mlp}
+            if seen:
+                shown[f"layer.{i}.fc"] = seen[0]
+            named |= {name: values for name, values in shown.items() if name in kept}
+        if ONE_SHEET in wanted:
+            named[ONE_SHEET] = torch.cat([named[name] for name in branches], dim=-1)
+        named = {name: named[name] for name in wanted}
         x = self.transformer.ln_f(x[:, -1:] if last_only else x)
         if targets is not None and not keep_logits:
             loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())

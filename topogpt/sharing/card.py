@@ -42,15 +42,18 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
     value, evaluations = (None, []) if compressed else (validation_at(run, step), read_evaluations(run))
     data = data_of(cfg, state.get("data", {}))
     name = repo_id.rpartition("/")[2] if repo_id else cfg["run_name"]
-    h, w = topo.grid_shape(model["n_embd"])
+    h, w = topo.grid_of(next(iter(loaded.positions.values())))
+    layer = model["n_layer"] // 2  # which the card's code looks at
+    *_, sheet = (name for name in loaded.positions if name.startswith((topo.ONE_SHEET, f"layer.{layer}.")))
     n_vocab = min(model["vocab_size"], N_VOCAB)
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
     words = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
     return words.get_template("card.md.jinja").render(
         front_matter=front_matter(name, data, value), name=name, repo_id=repo_id, has_picture=has_picture,
         cfg=cfg, model=model, sheets=cfg["topo"], losses=losses_in_words(cfg["topo"]), h=h, w=w,
-        n_sheets=len(loaded.positions),
-        layer=model["n_layer"] // 2, gpt2_words=model["vocab_size"] >= N_VOCAB, N_VOCAB=N_VOCAB, dtype=dtype,
+        n_sheets=len(loaded.positions), layout=topo.layout_of(loaded.positions, model["n_layer"]),
+        layer=layer, sheet=sheet,
+        gpt2_words=model["vocab_size"] >= N_VOCAB, N_VOCAB=N_VOCAB, dtype=dtype,
         n_parameters=loaded.model.n_parameters(), data=data, step=step,
         tokens=step * cfg["batch_size"] * model["block_size"],
         value=value, evaluations=evaluations, compressed=compressed, n_vocab=n_vocab, blind=math.log(n_vocab),

@@ -132,9 +132,10 @@ def write_config(folder: Path, loaded: "LoadedRun", dtype: str) -> None:
     from topogpt.sharing.gpt2 import to_gpt2_config
 
     cfg, sheets = loaded.model.cfg, loaded.state["config"]["topo"]
+    grid = topo.grid_of(next(iter(loaded.positions.values())))
     facts = {
         "format": topography.FORMAT, "file": "topography.safetensors",
-        "grid": list(topo.grid_shape(cfg.n_embd)), "unit_distance_mm": 1.0, "positions": sheets["positions"],
+        "grid": list(grid), "unit_distance_mm": 1.0, "positions": sheets["positions"],
         "seed": sheets["seed"], "loss": sheets["loss"],
         "weight": sheets["weight"] if "topolm" in sheets["loss"] else 0.0, "post_residual": cfg.post_residual,
         "step": loaded.state["train_state"]["step"],
@@ -146,7 +147,8 @@ def write_topography(folder: Path, loaded: "LoadedRun") -> None:
     from topogpt.sharing.gpt2 import shown_by
 
     sheets = loaded.state["config"]["topo"]
-    facts = {"shown_by": shown_by(loaded.model.cfg), "step": loaded.state["train_state"]["step"]}
+    shown = shown_by(loaded.model.cfg, loaded.positions)
+    facts = {"shown_by": shown, "step": loaded.state["train_state"]["step"]}
     place = {"kind": sheets["positions"], "seed": sheets["seed"]}
     topography.save_topography(folder, loaded.positions, **place, **facts)
 

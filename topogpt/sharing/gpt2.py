@@ -6,6 +6,7 @@ are zeros. Their embedding holds GPT-2's tokens, ours is padded to a multiple of
 compute is refused.
 """
 
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from topogpt.model.gpt import GPT
 from topogpt.settings import N_VOCAB, GPTConfig
 from topogpt.sharing.tokenizer_files import check_vocabulary
 from topogpt.text.tokenizer import EOT
+from topogpt.topo import ONE_SHEET
 
 N_PADDED = GPTConfig().vocab_size  # rows of the embedding of ours: a multiple of 64
 WTE = "transformer.wte.weight"
@@ -104,16 +106,19 @@ def to_gpt2_config(cfg: GPTConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def shown_by(cfg: GPTConfig) -> dict[str, str]:
+def shown_by(cfg: GPTConfig, sheets: Iterable[str]) -> dict[str, str]:
     """Which module of theirs shows each sheet."""
-    modules = {}
+    modules = {
+        ONE_SHEET: "the sheets of all branches side by side: layer.0.attn, layer.0.mlp, layer.1.attn, ..."
+    }
     for i in range(cfg.n_layer):
         block = f"transformer.h.{i}"
         attn, mlp = f"{block}.attn (output)", f"{block}.mlp (output)"
         if cfg.post_residual:
             attn, mlp = f"{block}.ln_2 (input)", f"{block} (output)"
         modules |= {f"layer.{i}.attn": attn, f"layer.{i}.mlp": mlp}
-    return modules
+        modules |= {f"layer.{i}.fc": f"{block}.mlp.c_fc (output)"}
+    return {name: modules[name] for name in sheets}
 
 
 # ---- theirs to ours ------------------------------------------------------------------------------

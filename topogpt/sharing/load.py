@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from topogpt import topography
+from topogpt import topo, topography
 from topogpt.errors import UserError
-from topogpt.model.gpt import GPT, sheet_names
+from topogpt.model.gpt import GPT
 from topogpt.runs.checkpoint import load_run, load_weights
 from topogpt.settings import GPTConfig
 from topogpt.sharing.gpt2 import WTE, from_gpt2
@@ -136,9 +136,13 @@ def read_positions(folder: Path, cfg: GPTConfig) -> dict[str, np.ndarray] | None
         positions = topography.load_topography(folder).positions
     except ValueError as error:
         raise UserError(str(error)) from None
-    sheets = sheet_names(cfg.n_layer)
-    if list(positions) != sheets or {len(p) for p in positions.values()} != {cfg.n_embd}:
-        raise UserError(
-            f"{folder}/topography.safetensors does not hold {len(sheets)} sheets of {cfg.n_embd} units"
+    try:
+        shape = topo.sheet_shape(
+            topo.layout_of(positions, cfg.n_layer), cfg.n_layer, cfg.n_embd, cfg.n_hidden
         )
+    except ValueError as error:
+        raise UserError(f"{folder}/topography.safetensors: {error}") from None
+    if {topo.grid_of(p) for p in positions.values()} != {shape}:
+        h, w = shape
+        raise UserError(f"{folder}/topography.safetensors does not hold sheets of {h}x{w} units")
     return positions

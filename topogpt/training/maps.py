@@ -23,7 +23,7 @@ def token_maps(
     """
     training = model.training
     model.eval()
-    named = model(tokens[None].to(model.device), activations=True, last_only=True).activations
+    named = model(tokens[None].to(model.device), activations=list(positions), last_only=True).activations
     model.train(training)
     chosen = np.linspace(0, len(tokens) - 1, min(n_maps, len(tokens))).round().astype(int)
     return {

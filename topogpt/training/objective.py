@@ -58,7 +58,8 @@ class Objective(nn.Module):
         """Return the mean cross-entropy and the spatial loss per sheet, (S,); zeros where chosen is None."""
         autocast = torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with autocast, sdpa_kernel(FLASH if self.flash else ANY):
-            out = self.model(tokens, targets, activations=chosen is not None, keep_logits=False)
+            shown = () if chosen is None else self.spatial.sheets
+            out = self.model(tokens, targets, activations=shown, keep_logits=False)
         if chosen is None:
             return out.loss, out.loss.new_zeros(len(self.spatial.sheets))
         return out.loss, self.spatial(out.activations, chosen)

@@ -3,7 +3,6 @@
 import time
 from pathlib import Path
 
-from topogpt import topo
 from topogpt.errors import UserError
 from topogpt.runs.state import TrainState
 from topogpt.spatial.schedule import weight_at
@@ -17,11 +16,16 @@ from topogpt.training.setup import Training
 def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
     """Say in a few lines what is about to be trained, on what, and where."""
     cfg, state = t.cfg, t.state
-    h, w = topo.grid_shape(cfg.model.n_embd)
+    h, w = cfg.sheet_shape
     log.say(
         f"model: {t.model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
         f"{len(t.objective.positions)} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
     )
+    if t.objective.of_weights and not t.objective.with_spatial and cfg.topo.layout != "c_fc":
+        log.say(
+            f"note: {cfg.topo.loss} acts on weights of {', '.join(cfg.topo.modules)}, not on these sheets; "
+            "--topo.layout c_fc --topo.positions identity shows the sheets of c_fc"
+        )
     tokens_per_step = cfg.batch_size * cfg.model.block_size
     epochs = cfg.max_steps * tokens_per_step / corpora.train.n_tokens
     log.say(

@@ -17,7 +17,7 @@ from topogpt.config import to_yaml
 from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.files import write_json, write_text
-from topogpt.model.gpt import GPT, sheet_names
+from topogpt.model.gpt import GPT
 from topogpt.runs import checkpoint, folder, provenance
 from topogpt.runs.state import TrainState
 from topogpt.settings import TrainConfig
@@ -52,11 +52,12 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Tr
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(rng.seed(cfg.seed, "initialisation"))
     model, state = GPT(cfg.model), TrainState()
-    positions = sheet_positions(cfg.topo, sheet_names(cfg.model.n_layer), cfg.model.n_embd)
+    positions = sheet_positions(cfg.topo, cfg.model)
     if cfg.init_from and not resume_from:
         imported = initial(cfg.model, cfg.init_from)
         checkpoint.load_weights(model, imported.weights)
-        positions = imported.positions or positions
+        if imported.positions and imported.positions.keys() == positions.keys():  # sheets of the same layout
+            positions = imported.positions
     if resume_from:
         weights, positions = checkpoint.load_tensors(resume_from)
         checkpoint.load_weights(model, weights)
