@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from topogpt import topo
 from topogpt.analysis import heldout, plots
 from topogpt.analysis.activations import check_finite
 from topogpt.analysis.covariance import Covariance
@@ -29,9 +30,6 @@ from topogpt.drawing import new_figure
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.terminal import progress
 
-if TYPE_CHECKING:
-    pass
-
 TOKENS_PER_BATCH = 2048
 
 
@@ -39,8 +37,7 @@ TOKENS_PER_BATCH = 2048
 class DimensionalityConfig(EvalConfig):
     """Count the dimensions that activations use: python -m evals.dimensionality RUN [--control RUN]."""
 
-    # of sheets and modules; * stands for anything
-    names: tuple[str, ...] = ("layer.*", "transformer.h.*.mlp.c_fc")
+    names: tuple[str, ...] = ("layer.*",)  # of activations and modules; * stands for anything
     text: str | None = None  # held-out text: a .txt file or shards; None: the run's validation shards
     n_tokens: int = 8192  # of the text
     skip: int = 1  # first tokens of every window that do not count: they have no context to look at
@@ -88,7 +85,7 @@ def shuffled(variance: np.ndarray, n_tokens: int) -> float:
 
 
 def measure(cfg: DimensionalityConfig, subject: Subject, windows: np.ndarray) -> dict[str, Dimensionality]:
-    """Of every named sheet and module, in one pass over the text."""
+    """Of all named activations and modules, in one pass over the text."""
     import torch
 
     model = subject.model
@@ -110,7 +107,7 @@ def measure(cfg: DimensionalityConfig, subject: Subject, windows: np.ndarray) ->
             stack.callback(handle.remove)
         for start in progress(range(0, len(windows), per_batch), f"{subject.label}: reading text"):
             batch = torch.from_numpy(windows[start : start + per_batch]).to(model.device)
-            named = model(batch, activations=bool(sheets), last_only=True).activations
+            named = model(batch, activations=sheets, last_only=True).activations
             for name in sheets:
                 count(name, batch.shape, named.pop(name))
     for name, covariance in found.items():
@@ -121,13 +118,14 @@ def measure(cfg: DimensionalityConfig, subject: Subject, windows: np.ndarray) ->
 
 
 def chosen(patterns: Sequence[str], subject: Subject) -> tuple[list[str], list[str]]:
-    """Sheets and modules that the patterns name, in the model's order."""
-    sheets, modules = subject.sheets, [name for name, _ in subject.model.named_modules() if name]
+    """Activations (of every layout) and modules that the patterns name, in the model's order."""
+    n_layer, modules = subject.model.cfg.n_layer, [name for name, _ in subject.model.named_modules() if name]
+    sheets = [name for layout in topo.LAYOUTS for name in topo.sheet_names(n_layer, layout)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in sheets + modules):
             raise UserError(
-                f"names = {pattern} is no sheet and no module of the model; there are {sheets[0]} to "
-                f"{sheets[-1]}, and modules such as {modules[-3]}"
+                f"names = {pattern} is no sheet and no module of the model; there are "
+                f"{', '.join(sheets[:2])} to {', '.join(sheets[-2:])}, and modules such as {modules[-3]}"
             )
     return tuple(
         [n for n in names if any(fnmatchcase(n, p) for p in patterns)] for names in (sheets, modules)

@@ -90,11 +90,11 @@ def test_the_table_and_its_record(run, control, capsys):
 
 
 @pytest.mark.parametrize("vocab_size", [tiny.VOCAB, GPTConfig().vocab_size])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_narrower_folder_is_a_stock_gpt2_and_ours(out, vocab_size, bias, tmp_path, capsys):
+@pytest.mark.parametrize("bias, layout", [(False, "per_branch"), (True, "per_branch"), (False, "c_fc")])
+def test_the_narrower_folder_is_a_stock_gpt2_and_ours(out, vocab_size, bias, layout, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    name = f"wide-{vocab_size}-{bias}"
-    run = tiny.random_run(out, name, vocab_size=vocab_size, bias=bias)
+    name = f"wide-{vocab_size}-{bias}-{layout}"
+    run = tiny.random_run(out, name, vocab_size=vocab_size, bias=bias, topo={"layout": layout})
     target = tmp_path / "narrow"
     main(run, "--method", "units", "--keep", "0.3", "--n_tokens", "96", "--out", target)
     assert "checked with transformers" in capsys.readouterr().out

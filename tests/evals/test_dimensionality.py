@@ -80,9 +80,11 @@ def test_sheets_and_modules_are_measured_on_the_tokens_that_count(monkeypatch):
         seen |= subject.model(torch.from_numpy(windows), activations=True).activations
     handle.remove()
     found = measure(replace(CFG, skip=3), subject, windows)
-    assert list(found) == [*sheet_names(2), *(f"transformer.h.{i}.mlp.c_fc" for i in (0, 1))]
+    assert list(found) == [*sheet_names(2), "layer.0.fc", "layer.1.fc"]
+    found |= measure(replace(CFG, skip=3, names=("*.1.mlp.c_fc",)), subject, windows)
     assert not module._forward_hooks
-    for name, x in (("layer.1.attn", seen["layer.1.attn"]), ("transformer.h.1.mlp.c_fc", seen["c_fc"])):
+    assert found["transformer.h.1.mlp.c_fc"] == found["layer.1.fc"]
+    for name, x in (("layer.1.attn", seen["layer.1.attn"]), ("layer.1.fc", seen["c_fc"])):
         c = np.cov(x[:, 3:].flatten(0, 1).double().numpy().T)
         assert found[name].value == pytest.approx(np.trace(c) ** 2 / (c**2).sum(), rel=1e-4)
         assert found[name].n_units == len(c)
@@ -101,7 +103,10 @@ def test_an_untrained_model_is_a_function_of_shape_and_seed_alone():
 @pytest.mark.parametrize(
     "names, message",
     [
-        (("layer.7.mlp",), "names = layer.7.mlp is no sheet and no module.*layer.0.attn to layer.1.mlp"),
+        (
+            ("layer.7.mlp",),
+            "names = layer.7.mlp is no sheet and no module.*layer.0.attn, layer.0.mlp to layer.1.fc, all",
+        ),
         (("transformer.h.0",), "transformer.h.0 gives no activation per token"),
         (("transformer.wpe",), "transformer.wpe gives no activation per token"),
         (("transformer.h",), "transformer.h is never called"),

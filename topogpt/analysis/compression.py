@@ -20,7 +20,8 @@ from topogpt.model import compress
 from topogpt.model.gpt import GPT
 from topogpt.runs import provenance
 from topogpt.runs.checkpoint import LoadedRun, load_run
-from topogpt.settings import COMPRESSIONS, CompressConfig
+from topogpt.settings import COMPRESSIONS, CompressConfig, TopoConfig
+from topogpt.spatial.layout import sheet_positions
 from topogpt.terminal import progress
 from topogpt.text.loader import Corpus, MicroBatch, Share, fixed_batches, open_corpus
 
@@ -259,7 +260,10 @@ def draw(found: Sequence[Found]) -> "Figure":
 
 
 def narrower_run(cfg: CompressConfig, found: Found) -> LoadedRun:
-    """The model of `units` at the first share, as export takes it, with what was measured."""
+    """The model of `units` at the first share, as export takes it, with what was measured.
+
+    The units of c_fc that are kept fill no sheet, so such a run goes on with the sheets of its branches.
+    """
     assert found.narrow is not None
     keep = cfg.keep[0]
     row = next(row for row in found.rows if (row.method, row.keep) == ("units", keep))
@@ -273,5 +277,10 @@ def narrower_run(cfg: CompressConfig, found: Found) -> LoadedRun:
         "fit_tokens": cfg.fit_tokens,
     }
     config = found.run.state["config"] | {"model": asdict(found.narrow.cfg)}
+    positions = found.run.positions
+    if config["topo"].get("layout") == "c_fc":  # these sheets have holes now
+        config["topo"] = config["topo"] | {"layout": "per_branch", "positions": "identity"}
+        in_order = TopoConfig(loss="none", positions="identity")
+        positions = sheet_positions(in_order, found.narrow.cfg)
     state = found.run.state | {"config": config, "compressed": facts}
-    return found.run._replace(model=found.narrow.to("cpu").eval(), state=state)
+    return LoadedRun(found.narrow.to("cpu").eval(), positions, state, found.run.folder)
