@@ -28,7 +28,6 @@ from topogpt.analysis.sidebyside import Found, Numbers, Value
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.files import read_json, sha256, write_bytes, write_json, write_text
-from topogpt.runs import provenance
 from topogpt.runs.folder import find_checkpoint, read_metrics, read_state
 from topogpt.terminal import duration, say, table
 
@@ -99,16 +98,18 @@ def numbers_of(cfg: CompareConfig, m: Member, folder: Path) -> dict[str, Any]:
     known = read_json(path)
     if all(known.get(key) == value for key, value in wanted.items()):
         return known
+    from topogpt.runs import provenance  # with torch, which takes seconds
+
     t0 = time.monotonic()
     found = measure(cfg, m)
-    say(f"{m.label}: measured in {duration(time.monotonic() - t0)}")
+    say(f"{m.source}: measured in {duration(time.monotonic() - t0)}")
     numbers = {column: value._asdict() for column, value in found.items()}
     record = wanted | {"step": m.step, "code": provenance.code(), "summary": {}, "numbers": numbers}
     try:
         path.parent.mkdir(exist_ok=True)
         write_json(path, record)
     except OSError as error:
-        say(f"{path} cannot be written ({error.strerror}), so the next call measures {m.label} again")
+        say(f"{path} cannot be written ({error.strerror}), so the next call measures {m.source} again")
     return record
 
 
@@ -149,14 +150,14 @@ def subject_of(cfg: CompareConfig, m: Member) -> "Subject":
 
     run = load_run(Path(m.source), cfg.checkpoint, pick_device(cfg.device))
     settings = run.state["config"] | ({"val_data_dir": cfg.val_data_dir} if cfg.val_data_dir else {})
-    return Subject(m.label, run.model, run.positions, Path(m.source) / "evals", run.folder, settings, "")
+    return Subject(m.source, run.model, run.positions, Path(m.source) / "evals", run.folder, settings, "")
 
 
 def validation_text(m: Member, subject: "Subject") -> "Corpus":
     """The shards that the run was validated on."""
     from topogpt.text.loader import open_corpus
 
-    patterns, cfg, key = subject.settings["val_data_dir"], subject.model.cfg, f"val_data_dir of {m.label}"
+    patterns, cfg, key = subject.settings["val_data_dir"], subject.model.cfg, f"val_data_dir of {m.source}"
     try:
         corpus = open_corpus(patterns, key=key, vocab_size=cfg.vocab_size, log=lambda line: None)
         corpus.n_windows(cfg.block_size)
@@ -229,14 +230,14 @@ def collect(cfg: CompareConfig, compared: Comparison, records: Mapping[str, dict
     """What the runs' records say, put together."""
     numbers = {s: {k: Value(**v) for k, v in record["numbers"].items()} for s, record in records.items()}
     columns = list(dict.fromkeys(column for found in numbers.values() for column in found))
-    weights = {source: record["weights_sha256"] for source, record in records.items()}
-    return Found(compared, numbers, sidebyside.in_order(columns), protocol_of(cfg), weights)
+    origins = {s: {key: record[key] for key in ("weights_sha256", "code")} for s, record in records.items()}
+    return Found(compared, numbers, sidebyside.in_order(columns), protocol_of(cfg), origins)
 
 
 def write(out: Path, found: Found, said: str) -> None:
     """compare.md, .csv and .json in a folder; and .png, where there is a gap to draw, and matplotlib."""
     written = {kind: out / f"compare.{kind}" for kind in ("md", "csv", "json", "png")}
-    now = {"format": FORMAT, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": provenance.code()}
+    now = {"format": FORMAT, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_text(written["md"], said)
     write_text(written["csv"], sidebyside.csv_of(found))
     write_json(written["json"], plain(now | sidebyside.content_of(found)))

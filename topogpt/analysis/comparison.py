@@ -39,8 +39,7 @@ SHAPE = ("n_layer", "n_embd", "n_hidden", "block_size", "vocab_size")
 class Member(NamedTuple):
     """A run of the comparison."""
 
-    source: str  # as it was given
-    label: str
+    source: str  # its folder, as it was given
     seed: int
     settings: dict[str, Any]  # dotted name -> value: those that had an effect, without seeds
     shape: dict[str, int]
@@ -78,7 +77,6 @@ def member(source: str, state: Mapping[str, Any], records: Sequence[Mapping[str,
     model = GPTConfig(**config["model"])
     return Member(
         source,
-        config["run_name"],
         config["seed"],
         effective(flat(config) | {"train_data_dir": texts["train_data_dir"]}),
         {key: getattr(model, key) for key in SHAPE},
@@ -195,7 +193,7 @@ def check_by(by: Sequence[str]) -> None:
     for key in by:
         if key not in known():
             nearest = difflib.get_close_matches(key, known(), n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "such as topo.loss or topo.tau"
+            hint = f"did you mean {nearest[0]}?" if nearest else "give some such as topo.loss topo.tau"
             raise UserError(f"by = {key} is no setting that tells objectives apart; {hint}")
 
 
@@ -238,20 +236,20 @@ def find_controls(members: Sequence[Member]) -> tuple[dict[str, Member], list[st
     for m in members:
         same_seed = [c for c in there if c.seed == m.seed]
         fits = [c for c in same_seed if c.beside_objective == m.beside_objective]
-        half_done = [f"{r.label} came to {r.unfinished}" for r in (m, *fits) if r.unfinished]
+        half_done = [f"{r.source} came to {r.unfinished}" for r in (m, *fits) if r.unfinished]
         if m.is_control:
             if m.unfinished:
-                warnings.append(f"{m.label} is not finished ({m.unfinished})")
+                warnings.append(f"{m.source} is not finished ({m.unfinished})")
         elif half_done:
-            warnings.append(f"{m.label}: no gap, as {' and '.join(half_done)}")
+            warnings.append(f"{m.source}: no gap, as {' and '.join(half_done)}")
         elif fits:
             controls[m.source] = fits[0]
         elif same_seed:
-            what = "; ".join(f"{c.label} differs in {apart(c, m)}, too" for c in same_seed)
-            warnings.append(f"{m.label}: no gap, as the control of its seed, {what}")
+            what = "; ".join(f"{c.source} differs in {apart(c, m)}, too" for c in same_seed)
+            warnings.append(f"{m.source}: no gap, as the control of its seed, {what}")
         else:
             seeds = ", ".join(str(c.seed) for c in there)
-            warnings.append(f"{m.label}: no gap, as no control has seed {m.seed} (there are seeds {seeds})")
+            warnings.append(f"{m.source}: no gap, as no control has seed {m.seed} (there are seeds {seeds})")
     return controls, warnings
 
 
@@ -266,7 +264,7 @@ def differences(members: Sequence[Member]) -> list[str]:
     keys = [key for key in differing(members) if not key.startswith("topo.") and key not in READ_BY]
     if not keys:
         return []
-    values = (sorted({short(m.settings[key]) for m in members}) for key in keys)
+    values = (sorted({short(m.settings[key]) for m in members}, key=natural) for key in keys)
     said = ", ".join(f"{key} ({', '.join(found)})" for key, found in zip(keys, values, strict=True))
     return [f"these runs differ in more than objective and seed: {said}"]
 

@@ -69,7 +69,7 @@ class Found(NamedTuple):
     numbers: dict[str, Numbers]  # source of a run -> its numbers
     columns: list[str]  # of them, in the order of the table
     protocol: dict[str, Any]  # how they were measured
-    weights: dict[str, str]  # source of a run -> SHA-256
+    origins: dict[str, dict[str, Any]]  # source of a run -> hash of its weights, code that measured it
 
 
 def beside(found: Found, m: Member, column: str) -> Value | None:
@@ -202,7 +202,7 @@ def content_of(found: Found) -> dict[str, Any]:
     """All of it, for JSON."""
     return {
         "protocol": found.protocol,
-        "runs": [run | {"weights_sha256": found.weights[run["run"]]} for run in records_of(found)],
+        "runs": [run | found.origins[run["run"]] for run in records_of(found)],
         "objectives": [summary_of(found, o.label, o.members) for o in found.comparison.objectives],
         "warnings": found.comparison.warnings,
     }
