@@ -32,9 +32,8 @@ from topogpt.settings import GPTConfig, TopoConfig
 from topogpt.spatial.topolm import TopoLMLoss
 
 REFERENCE = texts.DATA / "reference" / "topolm"
-ANALYSES = (
-    "activations topography contrasts localize dimensionality timescales figures ablate report fetch".split()
-)
+ANALYSES = """activations topography contrasts localize dimensionality timescales figures ablate report
+    fetch compare""".split()
 
 
 @pytest.fixture(scope="module")
