@@ -9,6 +9,7 @@ was measured on a run lies in its evals/compare.json, so that a second call is q
 interrupted goes on.
 """
 
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -218,11 +219,16 @@ def main(argv: list[str]) -> None:
     found = collect(cfg, compared, {m.source: numbers_of(cfg, m, folders[m.source]) for m in members})
     head, rows = sidebyside.head_of(found), sidebyside.rows_of(found)
     say(table(head, rows))
-    below = [*sidebyside.notes(found), *compared.warnings]
-    for line in below:
+    notes = sidebyside.notes(found)
+    for line in [*(textwrap.fill(note, 110) for note in notes), *compared.warnings]:
         say(line)
     if cfg.out:
-        said = [sidebyside.markdown(head, rows), "", *(f"- {line}" for line in below), ""]
+        said = [
+            sidebyside.markdown(head, rows),
+            "",
+            *(f"- {line}" for line in [*notes, *compared.warnings]),
+            "",
+        ]
         write(Path(cfg.out), found, "\n".join(said))
 
 

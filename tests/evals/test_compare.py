@@ -228,7 +228,7 @@ def test_a_control_of_another_seed_is_not_used(plant, fixed, tmp_path, capsys):
     main(*runs, "--out", tmp_path / "out")
     gaps = {Path(run["run"]).name: run["gap"] for run in result(tmp_path / "out")["runs"]}
     assert gaps == {"none-1": None, "topolm-1": 0.5, "topolm-2": None}
-    assert "topolm-2: no gap, as no control has seed 2 (there are seeds 1)" in capsys.readouterr().out
+    assert "topolm-2: no gap, as no control has seed 2 (only 1)" in capsys.readouterr().out
 
 
 def test_a_control_that_differs_in_more_than_the_objective_is_not_used(plant):
@@ -312,6 +312,22 @@ def test_sheets_of_c_fc_lie_row_by_row_and_are_measured_like_those_of_the_branch
     np.testing.assert_allclose(found.maps[1], x[places].reshape(7, 8, 8), atol=1e-6)
     expected = np.cov(x.T) * (len(x) - 1)
     np.testing.assert_allclose(found.covariance["layer.1.fc"], expected, atol=1e-4 * expected.max())
+
+
+def test_sheets_of_the_model_s_own_come_first():
+    subject = some_subject()
+    assert reading.branches(subject).positions == reading.own(subject).positions
+    assert np.array_equal(
+        reading.hidden(subject).positions["layer.1.fc"], topo.positions("identity", 64, 0, "")
+    )
+    mine = {s: topo.positions("permuted", 64, 3, s) for s in ("layer.0.fc", "layer.1.fc")}
+    subject = subject._replace(positions=mine)
+    assert reading.hidden(subject).positions == mine
+    at = reading.branches(subject).positions
+    assert list(at) == sheet_names(2) and at["layer.1.mlp"][5].tolist() == [1, 1]
+    assert not reading.branches(
+        subject._replace(positions={"all": mine["layer.0.fc"]})
+    ).positions  # not guessed
 
 
 def test_a_map_in_c_fc_alone_is_seen_in_c_fc_alone():

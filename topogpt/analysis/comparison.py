@@ -21,6 +21,7 @@ ELSEWHERE = """run_name out_dir resume overwrite wandb wandb_project push_to_hf 
 # Settings that only these losses read.
 READ_BY = {
     "topo.weight": ("topolm",),
+    "topo.positions": ("topolm",),  # losses on weights take units row by row, whatever is shown
     "topo.radius": ("topolm",),
     "topo.neighbourhoods": ("topolm",),
     "topo.distance": ("topolm",),
@@ -215,7 +216,7 @@ def label_of(m: Member, keys: Iterable[str]) -> str:
 
 def short(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, str) and FINGERPRINT.fullmatch(value):
         return value[:8]
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -249,7 +250,7 @@ def find_controls(members: Sequence[Member]) -> tuple[dict[str, Member], list[st
             warnings.append(f"{m.source}: no gap, as the control of its seed, {what}")
         else:
             seeds = ", ".join(str(c.seed) for c in there)
-            warnings.append(f"{m.source}: no gap, as no control has seed {m.seed} (there are seeds {seeds})")
+            warnings.append(f"{m.source}: no gap, as no control has seed {m.seed} (only {seeds})")
     return controls, warnings
 
 

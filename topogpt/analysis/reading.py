@@ -30,7 +30,8 @@ def read(subject: Subject, windows: np.ndarray, names: Iterable[str], take: Call
 
     model, names = subject.model, list(names)
     n_windows, length = windows.shape
-    sheets = [name for name in names if name in topo.sheet_names(model.cfg.n_layer)]
+    modules = dict(model.named_modules())
+    sheets = [name for name in names if name not in modules]
     per_batch, start = max(1, TOKENS_PER_BATCH // length), 0
 
     def hand_over(name: str, out: object) -> None:
@@ -43,8 +44,8 @@ def read(subject: Subject, windows: np.ndarray, names: Iterable[str], take: Call
 
     with torch.inference_mode(), ExitStack() as stack:
         for name in names:
-            if name not in sheets:
-                stack.callback(model.get_submodule(name).register_forward_hook(partial(hook, name)).remove)
+            if name in modules:
+                stack.callback(modules[name].register_forward_hook(partial(hook, name)).remove)
         for start in progress(range(0, n_windows, per_batch), f"{subject.label}: reading text"):
             batch = torch.from_numpy(windows[start : start + per_batch]).to(model.device)
             named = model(batch, activations=bool(sheets), last_only=True).activations
@@ -67,19 +68,25 @@ class Kind(NamedTuple):
         return topo.grid_of(next(iter(self.positions.values())))
 
 
+def own(subject: Subject) -> Kind:
+    """The sheets that the model was trained with."""
+    return Kind("own", subject.positions, {sheet: sheet for sheet in subject.positions})
+
+
 def branches(subject: Subject) -> Kind:
-    """Outputs of attention and MLP, on the sheets of the run: where TopoLM's loss acts."""
-    positions = {
-        s: p for s, p in subject.positions.items() if s in topo.sheet_names(subject.model.cfg.n_layer)
-    }
-    return Kind("branch", positions, {sheet: sheet for sheet in positions})
+    """Outputs of attention and MLP, where TopoLM's loss acts; row by row where only c_fc has sheets."""
+    cfg, known = subject.model.cfg, subject.positions
+    names = topo.sheet_names(cfg.n_layer)
+    at = {sheet: known[sheet] for sheet in names if sheet in known}
+    if known.keys() <= hidden(subject).positions.keys():
+        at = {sheet: topo.positions("identity", cfg.n_embd, 0, sheet) for sheet in names}
+    return Kind("branch", at, {sheet: sheet for sheet in at})
 
 
 def hidden(subject: Subject) -> Kind:
-    """Outputs of mlp.c_fc, row by row on the most nearly square grid: where losses on weights act."""
-    cfg = subject.model.cfg
+    """Outputs of mlp.c_fc, where losses on weights act; row by row, unless the model has them as sheets."""
+    cfg, known = subject.model.cfg, subject.positions
     sources = {f"layer.{i}.fc": f"transformer.h.{i}.mlp.c_fc" for i in range(cfg.n_layer)}
-    known = subject.positions
     at = {s: known[s] if s in known else topo.positions("identity", cfg.n_hidden, 0, s) for s in sources}
     return Kind("c_fc", at, sources)
 
@@ -97,11 +104,11 @@ def collect(subject: Subject, windows: np.ndarray, n_maps: int, kind: Kind | Non
 
     Args:
         n_maps: tokens, evenly spaced over the text, whose maps are kept.
-        kind: of sheets; None: the branches.
+        kind: of sheets; None: the model's own.
     """
     import torch
 
-    kind = kind or branches(subject)
+    kind = kind or own(subject)
     at = np.linspace(0, windows.size - 1, min(n_maps, windows.size)).round().astype(int)
     device = subject.model.device
     order = {s: torch.from_numpy(topo.units_by_cell(p)).to(device) for s, p in kind.positions.items()}

@@ -180,10 +180,10 @@ def notes(found: Found) -> list[str]:
     tokens = found.comparison.objectives[0].members[0].val_tokens
     rest = found.protocol["n_tokens"]
     return [
-        f"loss: nats per token on {tokens:,} validation tokens; what is right of gap: on the first {rest:,}",
+        f"loss: nats per token on {tokens:,} validation tokens; what is right of gap: on the first {rest:,}.",
         "gap, - control: against the control of the same seed, in pairs; sd: over seeds; +- 95 %: t interval",
-        "(in brackets) of I: white noise on that grid; of smooth: the same units laid at random; of dim: the",
-        "control; of the loss with a share of c_fc's units kept: the whole model on the same tokens",
+        "In brackets, of I: white noise on that grid; of smooth: the same units laid at random; of dim: the "
+        "control; of the loss with a share of c_fc's units kept: the whole model on the same tokens.",
     ]
 
 
@@ -260,7 +260,7 @@ def draw(found: Found) -> "Figure":
             null = next(n[column].null for n in found.numbers.values() if column in n)
             axis.axvline(null, color=plots.FLOOR, lw=0.8, ls="--", label="no map: white noise")
             axis.axhline(0, color=plots.FLOOR, lw=0.8)
-            axis.set(title=f"sheets: {SHEETS[column]}", xlabel="Moran's I, mean over sheets")
+            axis.set(title=f"sheets: {SHEETS[column]}", xlabel="Moran's I, mean over sheets", xlim=(-0.15, 1))
         axes[0].set_ylabel("validation loss - control's\n(nats per token)")
         plots.legend(figure, axes)
     return figure
