@@ -325,9 +325,8 @@ def test_sheets_of_the_model_s_own_come_first():
     assert reading.hidden(subject).positions == mine
     at = reading.branches(subject).positions
     assert list(at) == sheet_names(2) and at["layer.1.mlp"][5].tolist() == [1, 1]
-    assert not reading.branches(
-        subject._replace(positions={"all": mine["layer.0.fc"]})
-    ).positions  # not guessed
+    one = subject._replace(positions={"all": mine["layer.0.fc"]})
+    assert not reading.branches(one).positions  # nothing is guessed
 
 
 def test_a_map_in_c_fc_alone_is_seen_in_c_fc_alone():
