@@ -4,23 +4,17 @@
     python -m evals.dimensionality out/topolm --names "layer.3.*" "transformer.h.*.ln_2"
 
 Effective dimensionality is (sum l)^2 / sum l^2 over the eigenvalues l of the units' covariance C: n for n
-independent units of equal variance, 1 where all follow one. The sum of eigenvalues is the trace of C and that
-of their squares the trace of C^2, the sum of its squared elements: so nothing is decomposed.
+independent units of equal variance, 1 where all follow one (topogpt/analysis/dimensions.py).
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from topogpt import topo
-from topogpt.analysis import heldout, plots
-from topogpt.analysis.activations import check_finite
-from topogpt.analysis.covariance import Covariance
+from topogpt.analysis import dimensions, heldout, plots
+from topogpt.analysis.dimensions import Dimensionality
 from topogpt.analysis.kinds import by_kind
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels
@@ -28,9 +22,6 @@ from topogpt.analysis.subject import EvalConfig, Subject, protocol_of
 from topogpt.analysis.untrained import untrained
 from topogpt.drawing import new_figure
 from topogpt.errors import UserError, check_at_least, run_main
-from topogpt.terminal import progress
-
-TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,81 +46,9 @@ class DimensionalityConfig(EvalConfig):
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-class Dimensionality(NamedTuple):
-    n_units: int
-    value: float
-    shuffled: float  # of units that are independent, of the same variances and as many tokens
-
-
-def dimensionality(covariance: Covariance) -> Dimensionality:
-    n, scatter = covariance.n_tokens, covariance.scatter
-    variance = scatter.diagonal().numpy() / (n - 1)
-    squares = float((scatter * scatter).sum()) / (n - 1) ** 2
-    return Dimensionality(len(variance), ratio(variance.sum(), squares), shuffled(variance, n))
-
-
-def ratio(trace: float, squares: float) -> float:
-    """(sum l)^2 / sum l^2; units that never change have no dimensions to count."""
-    return float(trace**2 / squares) if squares > 0 else float("nan")
-
-
-def shuffled(variance: np.ndarray, n_tokens: int) -> float:
-    """The value to expect with every unit shuffled over the tokens by itself.
-
-    A shuffle keeps each variance v, and the squared covariance of two shuffled units is v_i v_j / (N - 1) in
-    the mean over shuffles, whatever the distribution: so the mean of trace(C^2) is known exactly, nothing is
-    shuffled, and no activation is kept. For equal variances it is about n / (1 + n / N).
-    """
-    v, v2 = variance.sum(), (variance**2).sum()
-    return ratio(v, v2 + (v**2 - v2) / (n_tokens - 1))
-
-
 def measure(cfg: DimensionalityConfig, subject: Subject, windows: np.ndarray) -> dict[str, Dimensionality]:
-    """Of all named activations and modules, in one pass over the text."""
-    import torch
-
-    model = subject.model
-    sheets, modules = chosen(cfg.names, subject)
-    found = {name: Covariance() for name in [*sheets, *modules]}
-    skip, per_batch = cfg.skip, max(1, TOKENS_PER_BATCH // windows.shape[1])
-
-    def count(name: str, shape: tuple[int, ...], out: object) -> None:
-        if not isinstance(out, torch.Tensor) or out.shape[:-1] != shape:
-            raise UserError(f"names: {name} gives no activation per token; name a layer, such as layer.*.mlp")
-        found[name].add(out[:, skip:].flatten(0, 1))
-
-    def hook(name: str, module: object, inputs: tuple, out: object) -> None:
-        count(name, batch.shape, out)
-
-    with torch.inference_mode(), ExitStack() as stack:
-        for name in modules:
-            handle = model.get_submodule(name).register_forward_hook(partial(hook, name))
-            stack.callback(handle.remove)
-        for start in progress(range(0, len(windows), per_batch), f"{subject.label}: reading text"):
-            batch = torch.from_numpy(windows[start : start + per_batch]).to(model.device)
-            named = model(batch, activations=sheets, last_only=True).activations
-            for name in sheets:
-                count(name, batch.shape, named.pop(name))
-    for name, covariance in found.items():
-        if not covariance.n_tokens:
-            raise UserError(f"names: {name} is never called as a layer, so it has no activations")
-        check_finite({name: covariance.products.sum().numpy()})
-    return {name: dimensionality(covariance) for name, covariance in found.items()}
-
-
-def chosen(patterns: Sequence[str], subject: Subject) -> tuple[list[str], list[str]]:
-    """Activations (of every layout) and modules that the patterns name, in the model's order."""
-    n_layer, modules = subject.model.cfg.n_layer, [name for name, _ in subject.model.named_modules() if name]
-    sheets = [name for layout in topo.LAYOUTS for name in topo.sheet_names(n_layer, layout)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in sheets + modules):
-            raise UserError(
-                f"names = {pattern} is no sheet and no module of the model; there are "
-                f"{', '.join(sheets[:2])} to {', '.join(sheets[-2:])}, and modules such as {modules[-3]}"
-            )
-    return tuple(
-        [n for n in names if any(fnmatchcase(n, p) for p in patterns)] for names in (sheets, modules)
-    )
+    """Of every named sheet and module, in one pass over the text."""
+    return dimensions.measure(subject, windows, cfg.names, cfg.skip)
 
 
 def analyse(cfg: DimensionalityConfig, subject: Subject) -> Outcome:

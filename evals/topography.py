@@ -9,23 +9,22 @@ follows from it; size of clusters; wiring length; and the spatial loss over all 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from topogpt import drawing, topo
 from topogpt.analysis import heldout, measures, plots
-from topogpt.analysis.activations import check_finite
-from topogpt.analysis.covariance import Covariance
+from topogpt.analysis.covariance import correlations_of
 from topogpt.analysis.measures import smoothing, width
 from topogpt.analysis.nulls import moran_of_sheets
+from topogpt.analysis.reading import collect
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels, need
 from topogpt.analysis.subject import MoranConfig, Subject, protocol_of
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.terminal import progress
 
-TOKENS_PER_BATCH = 2048
 N_TDANN = 16  # maps whose smoothness is averaged: each takes a curve over all pairs of units
 
 
@@ -41,40 +40,6 @@ class TopographyConfig(MoranConfig):
         super().__post_init__()
         check_at_least("n_tokens", self.n_tokens, 2)
         check_at_least("n_maps", self.n_maps, 1)
-
-
-class Statistics(NamedTuple):
-    """What one pass over the text leaves of each sheet, units in the order of the grid."""
-
-    covariance: dict[str, np.ndarray]  # sheet -> (h w, h w): sums of products of centred activations
-    maps: np.ndarray  # (S, n_maps, h, w): single tokens
-    tokens: list[int]  # of the maps
-
-
-def collect(subject: Subject, windows: np.ndarray, n_maps: int) -> Statistics:
-    """Read the text once."""
-    import torch
-
-    n_windows, length = windows.shape
-    at = np.linspace(0, windows.size - 1, min(n_maps, windows.size)).round().astype(int)
-    per_batch = max(1, TOKENS_PER_BATCH // length)
-    order = {sheet: torch.from_numpy(topo.units_by_cell(p)) for sheet, p in subject.positions.items()}
-    sums = {sheet: Covariance() for sheet in order}
-    maps: dict[str, list[np.ndarray]] = {sheet: [] for sheet in order}
-    device = subject.model.device
-    with torch.inference_mode():
-        for start in progress(range(0, n_windows, per_batch), f"{subject.label}: reading text"):
-            batch = torch.from_numpy(windows[start : start + per_batch]).to(device)
-            named = subject.model(batch, activations=subject.sheets, last_only=True).activations
-            here = at[(at >= start * length) & (at < start * length + batch.numel())] - start * length
-            for sheet, cells in order.items():
-                x = named.pop(sheet).flatten(0, 1).float()[:, cells.to(device)]  # (N, h w)
-                maps[sheet].append(x[here].cpu().numpy())
-                sums[sheet].add(x)
-    covariance = {sheet: found.scatter.numpy() for sheet, found in sums.items()}
-    check_finite(covariance)
-    grids = np.stack([np.concatenate(found).reshape(-1, *subject.grid) for found in maps.values()])
-    return Statistics(covariance, grids, windows.flatten()[at].tolist())
 
 
 def analyse(cfg: TopographyConfig, subject: Subject) -> Outcome:
@@ -133,13 +98,6 @@ def averaged(
     by_sheet = {sheet: measure(x) for sheet, x in of.items()}
     mean = float(np.mean(list(by_sheet.values())))
     return {"mean": mean, **({} if floor is None else {"floor": floor}), "by_sheet": by_sheet}
-
-
-def correlations_of(covariance: np.ndarray) -> np.ndarray:
-    """Pearson correlations; a unit without variance correlates with nothing."""
-    variance = covariance.diagonal()
-    scale = np.where(variance > 1e-12, 1 / np.sqrt(np.maximum(variance, 1e-12)), 0.0)
-    return covariance * scale[:, None] * scale
 
 
 def spatial_losses(subject: Subject, covariance: Mapping[str, np.ndarray]) -> dict[str, float]:

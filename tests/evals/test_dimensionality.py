@@ -9,8 +9,12 @@ import tiny
 import torch
 
 from evals import dimensionality
-from evals.dimensionality import Covariance, DimensionalityConfig, measure, shuffled
+from evals.dimensionality import DimensionalityConfig, measure
 from topogpt import topo
+from topogpt.analysis import reading
+from topogpt.analysis.covariance import Covariance
+from topogpt.analysis.dimensions import Dimensionality, shuffled
+from topogpt.analysis.dimensions import dimensionality as of_covariance
 from topogpt.analysis.results import read
 from topogpt.analysis.section import Number
 from topogpt.analysis.subject import Subject
@@ -29,11 +33,11 @@ def some_subject() -> Subject:
     return Subject("random", model, positions, Path(), Path(), None, "")
 
 
-def of(x: np.ndarray, batch: int = 100) -> dimensionality.Dimensionality:
+def of(x: np.ndarray, batch: int = 100) -> Dimensionality:
     covariance = Covariance()
     for rows in torch.from_numpy(x.astype(np.float32)).split(batch):
         covariance.add(rows)
-    return dimensionality.dimensionality(covariance)
+    return of_covariance(covariance)
 
 
 def noise(n: int, n_units: int, seed: int = 0) -> np.ndarray:
@@ -71,7 +75,7 @@ def test_the_null_is_the_mean_over_shuffles():
 
 
 def test_sheets_and_modules_are_measured_on_the_tokens_that_count(monkeypatch):
-    monkeypatch.setattr(dimensionality, "TOKENS_PER_BATCH", 70)  # two windows a batch
+    monkeypatch.setattr(reading, "TOKENS_PER_BATCH", 70)  # two windows a batch
     subject, windows = some_subject(), np.random.default_rng(0).integers(0, 64, (5, 32))
     seen = {}
     module = subject.model.transformer.h[1].mlp.c_fc

@@ -21,7 +21,7 @@ from evals.contrasts import ContrastsConfig
 from evals.localize import LocalizeConfig
 from evals.topography import TopographyConfig
 from topogpt import topo
-from topogpt.analysis import activations, heldout, measures
+from topogpt.analysis import activations, heldout, measures, reading
 from topogpt.analysis.contrast import t_maps
 from topogpt.analysis.results import read
 from topogpt.analysis.stimuli import Stimuli
@@ -32,9 +32,8 @@ from topogpt.settings import GPTConfig, TopoConfig
 from topogpt.spatial.topolm import TopoLMLoss
 
 REFERENCE = texts.DATA / "reference" / "topolm"
-ANALYSES = (
-    "activations topography contrasts localize dimensionality timescales figures ablate report fetch".split()
-)
+ANALYSES = """activations topography contrasts localize dimensionality timescales figures ablate report
+    fetch compare""".split()
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +177,7 @@ def test_a_random_model_of_full_width_meets_the_floor(tmp_path):
 
 
 def test_one_pass_over_the_text_gives_the_covariance_and_the_maps_of_a_plain_one(monkeypatch):
-    monkeypatch.setattr(topography, "TOKENS_PER_BATCH", 70)  # two windows a batch
+    monkeypatch.setattr(reading, "TOKENS_PER_BATCH", 70)  # two windows a batch
     subject = some_subject()
     windows = np.random.default_rng(0).integers(0, 64, (5, 32))
     found = topography.collect(subject, windows, n_maps=7)

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,3 +34,10 @@ class Covariance:
     def scatter(self) -> "Tensor":
         """Sums of products of centred activations, (n_units, n_units): N - 1 times the covariance."""
         return self.products - self.total.outer(self.total) / self.n_tokens
+
+
+def correlations_of(covariance: np.ndarray) -> np.ndarray:
+    """Pearson correlations; a unit without variance correlates with nothing."""
+    variance = covariance.diagonal()
+    scale = np.where(variance > 1e-12, 1 / np.sqrt(np.maximum(variance, 1e-12)), 0.0)
+    return covariance * scale[:, None] * scale

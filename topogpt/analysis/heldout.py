@@ -32,9 +32,14 @@ def read(subject: Subject, text: str | None, n_tokens: int, vocab_dir: str | Non
             f"{source}: {len(stream)} tokens up to number {max(stream, default=0)} cannot be read by a model "
             f"of {vocab_size} tokens; give another --text"
         )
-    length = min(subject.model.cfg.block_size, len(stream))
+    return HeldOut(windows_of(stream, n_tokens, subject.model.cfg.block_size), source, digest)
+
+
+def windows_of(stream: np.ndarray, n_tokens: int, block_size: int) -> np.ndarray:
+    """The first n_tokens of a stream, or fewer where it is shorter, (n_windows, length) int64."""
+    length = min(block_size, len(stream))
     n_windows = max(1, min(n_tokens, len(stream)) // length)
-    return HeldOut(stream[: n_windows * length].reshape(n_windows, length).astype(np.int64), source, digest)
+    return stream[: n_windows * length].reshape(n_windows, length).astype(np.int64)
 
 
 def stream_of(

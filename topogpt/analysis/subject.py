@@ -132,6 +132,15 @@ class Subject(NamedTuple):
         """Of a sheet."""
         return len(self.positions[self.sheets[0]])
 
+    def on_layout(self, layout: topo.Layout) -> "Subject":
+        """The same model with these sheets, their units in order where they are not its own."""
+        from topogpt.spatial.layout import sheet_positions
+
+        if layout == self.layout:
+            return self
+        in_order = TopoConfig(loss="none", layout=layout, positions="identity")
+        return self._replace(positions=sheet_positions(in_order, self.model.cfg))
+
     def on_grid(self, values: Mapping[str, np.ndarray] | np.ndarray) -> np.ndarray:
         """Values of units, sheet -> (..., n_units) or (S, ..., n_units), as maps (S, ..., h, w)."""
         if isinstance(values, np.ndarray):

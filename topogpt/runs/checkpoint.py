@@ -21,7 +21,7 @@ from topogpt import topo
 from topogpt.errors import UserError
 from topogpt.files import fsync, permit
 from topogpt.model.gpt import GPT
-from topogpt.runs.folder import complete, point, read_state, step_folder
+from topogpt.runs.folder import find_checkpoint, point, read_state, step_folder
 from topogpt.runs.state import TrainState
 from topogpt.settings import GPTConfig
 from topogpt.topography import PREFIX
@@ -121,17 +121,7 @@ class LoadedRun(NamedTuple):
 
 def load_run(run: Path, which: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
     """Load a run's model; `which` is best, last or step-N."""
-    if not run.is_dir():
-        raise UserError(f"run {run} does not exist; give the folder of a run, such as out/NAME")
-    if which.startswith("step-"):
-        folder = step_folder(run, int(which[5:])) if which[5:].isdigit() else run / "checkpoints" / which
-    elif which in ("best", "last"):
-        folder = run / which
-    else:
-        raise UserError(f"checkpoint = {which} is not best, last or step-N")
-    if not folder.is_dir():
-        there = ", ".join(p.name for p in complete(run)) or "none"
-        raise UserError(f"run {run} has no checkpoint {which}; it has: {there}")
+    folder = find_checkpoint(run, which)
     state = read_state(folder)
     model = GPT(GPTConfig(**state["config"]["model"]))
     weights, positions = load_tensors(folder)

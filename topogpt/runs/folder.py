@@ -27,6 +27,22 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
+def find_checkpoint(run: Path, which: str = "best") -> Path:
+    """Folder of a run's checkpoint; `which` is best, last or step-N."""
+    if not run.is_dir():
+        raise UserError(f"run {run} does not exist; give the folder of a run, such as out/NAME")
+    if which.startswith("step-"):
+        folder = step_folder(run, int(which[5:])) if which[5:].isdigit() else run / "checkpoints" / which
+    elif which in ("best", "last"):
+        folder = run / which
+    else:
+        raise UserError(f"checkpoint = {which} is not best, last or step-N")
+    if not folder.is_dir():
+        there = ", ".join(p.name for p in complete(run)) or "none"
+        raise UserError(f"run {run} has no checkpoint {which}; it has: {there}")
+    return folder
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint: config, data fingerprint, train_state."""
     missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
