@@ -56,7 +56,7 @@ class AblateConfig(PoolingConfig):
     text: str | None = None  # file of held-out text; None: the validation shards of the run
     n_tokens: int = 512  # of the held-out text that are predicted, the first ones; more on a GPU
     blimp: str | None = None  # minimal pairs, .parquet or .jsonl: sentence_good, sentence_bad, phenomenon
-    blimp_pairs: int = 20  # of each phenomenon, the first ones of its paradigms in turn
+    blimp_pairs: int = 10  # of each phenomenon, the first ones of its paradigms in turn
     random_draws: int = 100  # random sets that every target is compared with
     alpha: float = 0.05  # level of the false discovery rate: of selective units, and of effects
     seed: int = 0  # of the random sets
@@ -223,8 +223,8 @@ def explained(protocol: dict[str, Any], results: dict[str, Any]) -> str:
     a, b = results["n_items"]
     text = (
         f"What do units do? Here {' and '.join(done[do] for do in protocol['do'])}. Measured each time, "
-        f"on the same tokens: the loss on {protocol['tokens_predicted']:,} tokens of held-out text; how much all "
-        f"other units show the contrast {results['what']} (mean |t|; {a} and {b} items)"
+        f"on the same tokens: the loss on {protocol['tokens_predicted']:,} tokens of held-out text; how "
+        f"much all other units show the contrast {results['what']} (mean |t|; {a} and {b} items)"
     )
     if results["n_pairs"]:
         text += (
@@ -243,8 +243,8 @@ def tested(protocol: dict[str, Any], placed: bool) -> str:
     if placed:
         text += (
             " Random units lie scattered, but neighbours on a map do alike things. So a cluster or a disc "
-            f"also stands beside its own shape at random places of its sheet ({draws} times, turned and mirrored, "
-            "too): does this place matter more than other places?"
+            f"also stands beside its own shape at random places of its sheet ({draws} times, turned and "
+            "mirrored, too): does this place matter more than other places?"
         )
     return (
         f"{text} p = (1 + random sets at least as extreme) / (1 + {draws}). Extreme: as much more loss, as "

@@ -268,9 +268,9 @@ def test_lesions_are_made_only_when_asked_for(alone, stimuli):
     found = shown("ablate", alone, "--stimuli_dir", stimuli)
     assert found.found == [] and "--ablate" in found.missing[0]
     found = shown("ablate", alone, "--stimuli_dir", stimuli, "--ablate")
-    lesion = found.found[0].content["results"]["lesions"][0]
+    effect = found.found[0].content["results"]["effects"][0]
     assert shown("ablate", alone, "--redo").found  # not made again, and not lost
-    change = lesion["cross_entropy"] - found.found[0].results["no_lesion"]["cross_entropy"]
+    change = effect["measures"]["loss"]["change"]
     table = next(part for part in found.section.parts if isinstance(part, Table))
     assert page.shown(change) in [page.shown(cell) for row in table.rows for cell in row]
 
