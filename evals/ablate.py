@@ -208,9 +208,14 @@ def section(found: Sequence[Result]) -> Section:
     protocol = found[0].content["protocol"]
     placed = any(effect["n_places"] for r in found for effect in r.results["effects"])
     parts: list[str | Table] = [explained(protocol, found[0].results), tested(protocol, placed)]
-    parts += [table_of(name, found, placed) for name in MEASURES if name in found[0].results["intact"]]
+    parts += [table_of(name, found, placed) for name in measured(found)]
     parts += [phenomena_of(r) for r in found if "phenomena" in r.results["intact"]]
     return Section("Lesions and stimulation", parts, list(warnings_of(found)))
+
+
+def measured(found: Sequence[Result]) -> list[str]:
+    """What all of these results have."""
+    return [name for name in MEASURES if all(name in r.results["intact"] for r in found)]
 
 
 def explained(protocol: dict[str, Any], results: dict[str, Any]) -> str:
@@ -248,7 +253,7 @@ def tested(protocol: dict[str, Any], placed: bool) -> str:
         )
     return (
         f"{text} p = (1 + random sets at least as extreme) / (1 + {draws}). Extreme: as much more loss, as "
-        "many fewer pairs right, a contrast as far from the mean on either side. p adjusted: "
+        "many fewer pairs right, a contrast as far from the mean on either side. p adj.: "
         "Benjamini-Hochberg over all rows of all tables, for one model and one kind of random set."
     )
 
@@ -262,8 +267,8 @@ def table_of(name: str, found: Sequence[Result], placed: bool) -> Table:
             of = effect["measures"][name]
             row = [name_of(effect), effect["k"], Number(of["change"], measure.digits)]
             rows.append(row + [x for kind in kinds(placed) for x in cells(of[kind], measure.digits)])
-    head = ["target", "units", "change", "random units (95 % range)", "p", "p adjusted"]
-    head += ["same shape elsewhere (95 % range)", "p", "p adjusted"] if placed else []
+    head = ["target", "units", "change", "random units (95 % range)", "p", "p adj."]
+    head += ["same shape elsewhere (95 % range)", "p", "p adj."] if placed else []
     return Table(head, rows, f"{measure.title}, change ({measure.unit})")
 
 
@@ -309,22 +314,23 @@ def warnings_of(found: Sequence[Result]) -> Iterator[str]:
 def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     """A row an intervention, a panel a measure: the change, and the range of random sets."""
     rows = [(r, effect, plots.COLOURS[i]) for i, r in enumerate(found) for effect in r.results["effects"]]
-    names = [name for name in MEASURES if name in found[0].results["intact"]]
+    names = measured(found)
     figure = new_figure(1.9 + 2.3 * len(names), 1.3 + 0.27 * len(rows))
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     alpha = found[0].content["protocol"]["alpha"]
     for axis, name in zip(axes, names, strict=True):
         for y, (r, effect, colour) in enumerate(rows):
             of = effect["measures"][name]
+            tests = [of[kind]["p_adjusted"] for kind in ("units", "shape") if of[kind]]
+            face = colour if tests and max(tests) < alpha else "white"
+            if of["change"] is not None:
+                axis.plot(of["change"], y, "o", ms=5, mec=colour, mfc=face, label=r.label, zorder=3)
             for kind, grey, dy in (("units", "0.72", -0.13), ("shape", "0.45", 0.13)):
                 if of[kind]:
                     where = "as many random units" if kind == "units" else "same shape elsewhere"
                     line = {"color": grey, "lw": 5, "solid_capstyle": "butt", "zorder": 1}
                     axis.plot([of[kind]["low"], of[kind]["high"]], [y + dy] * 2, label=where, **line)
-            tests = [of[kind]["p_adjusted"] for kind in ("units", "shape") if of[kind]]
-            face = colour if tests and max(tests) < alpha else "white"
-            if of["change"] is not None:
-                axis.plot(of["change"], y, "o", ms=5, mec=colour, mfc=face, label=r.label, zorder=3)
+                    axis.plot(of[kind]["mean"], y + dy, "|", color="black", ms=5, zorder=2)
         axis.axvline(0, color=plots.FLOOR, lw=0.8, zorder=0)
         axis.set(title=MEASURES[name].title, xlabel=f"change ({MEASURES[name].unit})")
     axes[0].set_yticks(range(len(rows)), [name_of(effect) for _, effect, _ in rows])
@@ -333,7 +339,8 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     yield Drawing(
         "ablate",
         figure,
-        "What an intervention changes (circle), beside the middle 95 % of random sets (bars). Filled: "
+        "What an intervention changes (circle), beside random sets: their middle 95 % "
+        "(bar) and mean (stroke). Filled: "
         f"adjusted p below {alpha:g} against each kind of random set.",
     )
 

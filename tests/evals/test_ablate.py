@@ -343,9 +343,8 @@ def test_held_out_tokens_of_a_run_are_those_of_its_evaluations(out, subject):
     assert np.array_equal([row[:-1] for row in rows], x) and np.array_equal([row[1:] for row in rows], y)
     assert said == {str(out / "val"): corpus.fingerprint}
     assert [len(row) for row in ablate.held_out(settings_of(out, n_tokens=20), subject)[0]] == [21]
-    assert (
-        len(ablate.held_out(settings_of(out, n_tokens=9999), subject)[0]) == 599 // 48
-    )  # all that there are
+    everything, _ = ablate.held_out(settings_of(out, n_tokens=9999), subject)
+    assert len(everything) == 599 // 48
 
 
 def test_held_out_text_is_one_document(out, subject, gpt2):
@@ -414,7 +413,7 @@ def test_p_values_are_adjusted_over_all_effects_and_measures():
 
 
 def test_the_unit_that_carries_the_loss_is_found_and_no_other_is(out, gpt2):
-    """Planted: unit 5 of layer.1.mlp makes token 7 likely, which half of the text is; no other does a thing."""
+    """Planted: unit 5 of layer.1.mlp makes token 7 likely, half of the text; no other does a thing."""
     subject = subject_of(out, "biases")
     model, sheet = subject.model, subject.sheets.index("layer.1.mlp")
     with torch.no_grad():
