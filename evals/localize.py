@@ -20,7 +20,7 @@ import numpy as np
 from topogpt import rng
 from topogpt.analysis import measures, plots, stimuli
 from topogpt.analysis.activations import of_stimuli
-from topogpt.analysis.contrast import TMaps, t_maps
+from topogpt.analysis.contrast import chosen, clusters_of, t_maps
 from topogpt.analysis.measures import smoothing, width
 from topogpt.analysis.nulls import moran_of_sheets
 from topogpt.analysis.results import Outcome, Result
@@ -57,9 +57,9 @@ def analyse(cfg: LocalizeConfig, subject: Subject) -> Outcome:
     patterns = np.abs(patterns) if cfg.magnitude else patterns
     a, b = patterns[:, items.where("S")], patterns[:, items.where("N")]
     found = t_maps(cfg, a, b, 0.0)
-    network = chosen(cfg, found)
+    network = chosen(found, cfg.top_percent)
     responses = np.abs(subject.on_grid(of_stimuli(cfg, subject, others)))
-    regions, labels_of_units = clusters_of(cfg, network), np.zeros(network.shape, np.int16)
+    regions, labels_of_units = clusters_of(network, cfg.smallest_cluster), np.zeros(network.shape, np.int16)
     for k, (s, mask) in enumerate(regions, start=1):
         labels_of_units[s][mask] = k
     answers = responses.swapaxes(0, 1)  # (n_items, S, h, w)
@@ -105,13 +105,6 @@ def stimuli_of(cfg: LocalizeConfig) -> tuple[stimuli.Stimuli, stimuli.Stimuli]:
     return items, others
 
 
-def chosen(cfg: LocalizeConfig, found: TMaps) -> np.ndarray:
-    """The network, (S, h, w) bool: significant units for which sentences win, or the top share of all."""
-    if cfg.top_percent is None:
-        return found.significant & (found.t > 0)
-    return measures.most_selective(found.t, max(1, round(found.t.size * cfg.top_percent / 100)))
-
-
 def held_out(cfg: LocalizeConfig, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     """Choose the network on a random half of the items, and look at it on the other half."""
     halves = []
@@ -122,7 +115,7 @@ def held_out(cfg: LocalizeConfig, a: np.ndarray, b: np.ndarray) -> dict[str, Any
     if min(x.shape[1] for x in (a1, a2, b1, b2)) < 2:
         return {"n_network": None}  # too few items to split
     here, there = t_maps(cfg, a1, b1, 0.0), t_maps(cfg, a2, b2, 0.0)
-    network = chosen(cfg, here)
+    network = chosen(here, cfg.top_percent)
     if not network.any():
         return {"n_network": 0}
     spread = np.sqrt((a2.var(1, ddof=1) + b2.var(1, ddof=1)) / 2)
@@ -147,13 +140,6 @@ def profile(responses: np.ndarray, others: stimuli.Stimuli) -> dict[str, dict[st
         sem = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
         found[condition] = {"mean": float(values.mean()), "sem": sem, "n": len(values)}
     return found
-
-
-def clusters_of(cfg: LocalizeConfig, network: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Clusters of the network, sheet by sheet, as (index of the sheet, mask); largest first."""
-    smallest = cfg.smallest_cluster
-    found = [(s, mask) for s, sheet in enumerate(network) for mask in measures.clusters(sheet, smallest)]
-    return sorted(found, key=lambda pair: -int(pair[1].sum()))
 
 
 def described(

@@ -102,6 +102,8 @@ def explain(cls: type, groups: list[Given], known: dict[str, dataclasses.Field],
 def describe_type(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal:
+        return f"one or more of {', '.join(get_args(get_args(kind)[0]))}"
     if type(None) in get_args(kind):
         return f"{describe_type(get_args(kind)[0])} or None"
     if get_origin(kind) is tuple and get_args(kind)[0] in (int, float):

@@ -1,9 +1,10 @@
-"""Lesions take out what they say and nothing else, and are measured as a plain loop measures them.
+"""Lesions and stimulation do what they say and nothing else; planted effects are found, others are not.
 
 pytest tests/evals/test_ablate.py
 """
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +15,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from minimal_pairs import plain_scores, write_pairs
 from safetensors.numpy import load_file
 
 from evals import ablate
 from evals.ablate import ANALYSIS, AblateConfig
-from topogpt.analysis import lesions, measures, stimuli
+from topogpt.analysis import experiment, lesions, measures, sets, stimuli
+from topogpt.analysis.activations import token_lists
+from topogpt.analysis.results import Result
 from topogpt.analysis.stimuli import LOCALIZER_WORDS
 from topogpt.analysis.subject import Subject, load_subject
 from topogpt.config import parse
@@ -183,20 +187,78 @@ def test_no_hook_stays_where_another_cannot_be_set(subject):
 
 @torch.no_grad()
 def test_means_are_over_all_tokens_and_of_what_a_branch_adds(subject):
-    rows, sums = [row.numpy() for row in tokens((7, 33))], everywhere(subject, 0.0)
+    rows, shown_by = [row.numpy() for row in tokens((7, 33))], [[] for _ in subject.sheets]
     for row in rows:
         x = torch.from_numpy(row[None, :-1])
         shown = subject.model(x, activations=True).activations
         stream = subject.model.transformer.wte(x) + subject.model.transformer.wpe(torch.arange(32))
         for i, sheet in enumerate(subject.sheets):  # in forward order, here
             added = shown[sheet] - stream if subject.model.cfg.post_residual else shown[sheet]
-            sums[i] += added[0].double().sum(0).numpy()
+            shown_by[i].append(added[0].double().numpy())
             stream = stream + added
-    found = lesions.mean_outputs(subject.model, subject.sheets, rows)
-    assert found == pytest.approx(sums / (7 * 32), abs=1e-5)
+    found = lesions.moments(subject.model, subject.sheets, 16, rows)
+    each = np.array([np.concatenate(x) for x in shown_by])  # (S, 7 * 32, n_units)
+    assert found.mean == pytest.approx(each.mean(1), abs=1e-5)
+    assert found.sd == pytest.approx(each.std(1), abs=1e-5)
+
+
+@torch.no_grad()
+def test_stimulation_is_added_by_hand(subject):
+    """To the biases of what writes into the residual stream, of another model."""
+    units, added = some_units(subject), everywhere(subject, 0.3) * np.arange(1, 17)
+    model = without(subject, everywhere(subject, False), added)
+    for branch, mask, value in zip(branches(model), units, added, strict=True):
+        branch.c_proj.bias += torch.from_numpy(mask * value).float()
+    with lesions.stimulated(subject.model, subject.sheets, units, added):
+        found = subject.model(tokens()).logits
+    assert torch.allclose(found, model(tokens()).logits, atol=2e-5)
+    assert (found - subject.model(tokens()).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_stimulation_by_nothing_changes_not_a_bit(subject):
+    before = subject.model(tokens()).logits
+    with lesions.stimulated(subject.model, subject.sheets, everywhere(subject, True), everywhere(subject, 0)):
+        assert subject.model(tokens()).logits.numpy().tobytes() == before.numpy().tobytes()
+
+
+@pytest.mark.parametrize("change", [lesions.lesioned, lesions.stimulated])
+@torch.no_grad()
+def test_hidden_units_are_those_before_the_gelu(subject, change):
+    units = np.random.default_rng(0).random((2, 64)) < 0.3
+    values = np.random.default_rng(1).standard_normal((2, 64))
+    model = without(subject, everywhere(subject, False), everywhere(subject, 0.0))
+    for block, mask, value in zip(model.transformer.h, units, values, strict=True):
+        mask, value = torch.from_numpy(mask), torch.from_numpy(value).float()
+        block.mlp.c_fc.bias[mask] += value[mask]
+        if change is lesions.lesioned:
+            block.mlp.c_fc.weight[mask], block.mlp.c_fc.bias[mask] = 0, value[mask]
+    with change(subject.model, ["layer.0.fc", "layer.1.fc"], units, values):
+        found = subject.model(tokens()).logits
+    assert torch.allclose(found, model(tokens()).logits, atol=2e-5)
+    assert (found - subject.model(tokens()).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("change", [lesions.lesioned, lesions.stimulated])
+@torch.no_grad()
+def test_the_sheet_of_all_branches_is_those_of_each_one_after_the_other(subject, change):
+    units, values = some_units(subject), np.random.default_rng(1).standard_normal((4, 16))
+    assert subject.sheets == ["layer.0.attn", "layer.0.mlp", "layer.1.attn", "layer.1.mlp"]
+    with change(subject.model, subject.sheets, units, values):
+        expected = subject.model(tokens()).logits
+    with change(subject.model, ["all"], units.reshape(1, 64), values.reshape(1, 64)):
+        assert torch.equal(subject.model(tokens()).logits, expected)
+    rows = [row.numpy() for row in tokens((3, 20))]
+    apart = lesions.moments(subject.model, subject.sheets, 16, rows)
+    together = lesions.moments(subject.model, ["all"], 64, rows)
+    assert all(np.array_equal(x.reshape(1, 64), y) for x, y in zip(apart, together, strict=True))
 
 
 # ---- which units ---------------------------------------------------------------------------------
+
+
+def selectivity(t: np.ndarray, p: float = 1.0) -> measures.TTest:
+    return measures.TTest(t, np.full(t.shape, p))
 
 
 @pytest.mark.parametrize(
@@ -204,20 +266,33 @@ def test_means_are_over_all_tokens_and_of_what_a_branch_adds(subject):
 )
 def test_a_disc_is_the_cells_within_its_radius(out, subject, row, column, radius):
     cfg = settings_of(out, disc="layer.1.attn", centre=(row, column), radius=radius)
-    (lesion,) = ablate.lesions_of(cfg, subject, everywhere(subject, 0.0))
-    for sheet, units, among in zip(subject.sheets, lesion.units, lesion.among, strict=True):
-        assert among.all() if sheet == "layer.1.attn" else not among.any()
+    (target,) = ablate.targets_of(cfg, subject, selectivity(everywhere(subject, 0.0)))
+    assert subject.sheets[target.sheet] == "layer.1.attn"
+    for sheet, units in zip(subject.sheets, target.units, strict=True):
         for unit, (i, j) in enumerate(subject.positions[sheet]):
             inside = ((i - row) ** 2 + (j - column) ** 2) ** 0.5 <= radius
             assert units[unit] == (sheet == "layer.1.attn" and inside)
-    assert lesion.units.sum() == {0.0: 1, 1.0: 5, 1.5: 4, 2.0: 6, 99: 16}[radius]
+    assert target.units.sum() == {0.0: 1, 1.0: 5, 1.5: 4, 2.0: 6, 99: 16}[radius]
 
 
-def test_a_disc_is_one_on_the_grid(out, subject):
-    cfg = settings_of(out, disc="layer.0.mlp", centre=(1, 1), radius=1)
-    (lesion,) = ablate.lesions_of(cfg, subject, everywhere(subject, 0.0))
-    grid = subject.on_grid(lesion.units)[subject.sheets.index("layer.0.mlp")]
-    assert grid.astype(int).tolist() == [[0, 1, 0, 0], [1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+def test_clusters_are_the_largest_sets_of_touching_units_that_the_contrast_drives(out, subject):
+    maps = np.zeros((4, 4, 4))
+    maps[1, :2, :2] = maps[2, 0, :3] = maps[2, 1, 3] = 9.0  # 4 units; 3; and 1, which touches by a corner
+    maps[3] = -9.0
+    places = subject.positions.values()
+    t = np.stack([grid[p[:, 0], p[:, 1]] for grid, p in zip(maps, places, strict=True)])
+    found = selectivity(t)
+    found.p[t != 0] = 1e-6
+    targets = ablate.targets_of(settings_of(out, cluster=2), subject, found)
+    assert [x.name for x in targets] == ["cluster 1, layer.0.mlp", "cluster 2, layer.1.attn"]
+    grids = [subject.on_grid(x.units) for x in targets]
+    assert np.array_equal(grids[0][1], maps[1] > 0) and grids[0].sum() == 4 and targets[0].sheet == 1
+    assert grids[1][2].tolist()[0] == [1, 1, 1, 0] and grids[1].sum() == 3 and targets[1].sheet == 2
+    assert len(ablate.targets_of(settings_of(out, cluster=9), subject, found)) == 3
+    top = ablate.targets_of(settings_of(out, cluster=1, top_percent=4.7), subject, selectivity(t))
+    assert top[0].units.sum() == 3  # whatever their p: of 64, the first ones where t is the same
+    with pytest.raises(UserError, match="cluster = 1: no unit of .* answers significantly more to S"):
+        ablate.targets_of(settings_of(out, cluster=1), subject, selectivity(t))
 
 
 def test_the_most_selective_are_those_of_largest_t():
@@ -227,25 +302,15 @@ def test_the_most_selective_are_those_of_largest_t():
     assert chosen == [set(order[:k]) for k in range(1, 7)]
 
 
-def test_sizes_are_those_that_the_model_has(out, subject):
+def test_targets_may_be_of_all_kinds_at_once(out, subject):
     t = np.arange(64.0).reshape(4, 16)
-    assert [x.units.sum() for x in ablate.lesions_of(settings_of(out), subject, t)] == [1, 28]
-    found = ablate.lesions_of(settings_of(out, units=(64, 5)), subject, t)
-    assert [(x.name, x.units.sum()) for x in found] == [("5 most selective", 5), ("64 most selective", 64)]
-    assert found[0].units[3, 11:].all()
-
-
-def test_random_units_are_as_many_and_others_at_each_draw():
-    among = np.ones((4, 16), bool)
-    draws = [lesions.random_units(among, 20, seed, draw) for seed in (0, 1) for draw in range(40)]
-    assert all(draw.sum() == 20 and draw.shape == (4, 16) for draw in draws)
-    assert len({draw.tobytes() for draw in draws}) == 80
-    share = np.mean(draws, axis=0)  # each unit is drawn with probability 20/64
-    assert abs(share - 20 / 64).max() < 5 * (20 / 64 * 44 / 64 / 80) ** 0.5
-    assert np.array_equal(draws[3], lesions.random_units(among, 20, 0, 3))
-    assert (lesions.random_units(among, 8, 0, 3) <= draws[3]).all()
-    among[1:] = False
-    assert not lesions.random_units(among, 16, 0, 0)[1:].any()
+    assert [x.name for x in ablate.targets_of(settings_of(out), subject, selectivity(t))] == [
+        "1 most selective"  # 1 %
+    ]
+    cfg = settings_of(out, units=(64, 5), disc="layer.0.mlp", centre=(0, 0), radius=0.0, cluster=1)
+    found = ablate.targets_of(cfg, subject, selectivity(t, p=0.0))
+    assert [x.units.sum() for x in found] == [5, 64, 16, 1] and found[0].units[3, 11:].all()
+    assert [x.sheet is None for x in found] == [True, True, False, False]
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -278,7 +343,8 @@ def test_held_out_tokens_of_a_run_are_those_of_its_evaluations(out, subject):
     assert np.array_equal([row[:-1] for row in rows], x) and np.array_equal([row[1:] for row in rows], y)
     assert said == {str(out / "val"): corpus.fingerprint}
     assert [len(row) for row in ablate.held_out(settings_of(out, n_tokens=20), subject)[0]] == [21]
-    assert len(ablate.held_out(settings_of(out), subject)[0]) == 599 // 48  # all that there are
+    everything, _ = ablate.held_out(settings_of(out, n_tokens=9999), subject)
+    assert len(everything) == 599 // 48
 
 
 def test_held_out_text_is_one_document(out, subject, gpt2):
@@ -292,44 +358,102 @@ def test_held_out_text_is_one_document(out, subject, gpt2):
     assert [row.tolist() for row in rows] == [[50256, 464, 20223]]
 
 
-@pytest.mark.parametrize("eot", [False, True])
+def bench_of(out: Path, subject: Subject, gpt2, **more) -> experiment.Bench:
+    cfg, found = settings_of(out), stimuli.read(out / "items.csv")
+    items = token_lists(cfg, subject, found)
+    settings = {
+        "subject": subject,
+        "rows": ablate.held_out(settings_of(out, n_tokens=200), subject)[0],
+        "first": items[:4],
+        "second": items[4:8],
+        "pooling": "mean",
+        "pairs": [gpt2.encode_document(text).astype(np.int64) for text, _ in ITEMS[:8]],
+        "phenomena": np.array(["a", "b", "b", "b"]),
+        "fill": everywhere(subject, 0.2),
+        "added": everywhere(subject, 1.5),
+    }
+    return experiment.Bench(**(settings | more))
+
+
 @pytest.mark.parametrize("run", ["plain", "post"])
-def test_a_lesion_measures_what_the_changed_model_measures(out, gpt2, run, eot):
-    """Against a model of changed weights, item by item, and Benjamini-Hochberg by hand."""
-    cfg, subject = settings_of(out, run, eot=eot), subject_of(out, run)
-    units, fill = some_units(subject, 3), everywhere(subject, 0.2)
-    found = stimuli.read(out / "items.csv")
-    rows, _ = ablate.held_out(cfg, subject)
-    bench = ablate.bench_of(cfg, subject, found, rows)
-    seen = bench.under(units, fill)
-    model = without(subject, units, fill)
-    assert seen["cross_entropy"] == pytest.approx(plain_cross_entropy(model, rows), rel=1e-5)
-    by_condition = {"S": ITEMS[:4], "N": ITEMS[4:8], "W": ITEMS[8:]}
-    assert list(seen["conditions"]) == ["N", "S", "W"]
-    for name, items in by_condition.items():
-        expected = plain_cross_entropy(model, [gpt2.encode_document(text) for text, _ in items])
-        assert seen["conditions"][name] == pytest.approx(expected, rel=1e-5)
+def test_a_lesion_measures_what_the_changed_model_measures(out, gpt2, run):
+    """Against a model of changed weights, item by item."""
+    subject = subject_of(out, run)
+    units, bench = some_units(subject, 3), bench_of(out, subject_of(out, run), gpt2)
+    seen, model = bench.under("lesion", units), without(subject, units, bench.fill)
+    assert seen.loss == pytest.approx(plain_cross_entropy(model, bench.rows), rel=1e-5)
+    scores = plain_scores(model, bench.pairs)
+    assert seen.right.tolist() == [good > bad for good, bad in zip(scores[:4], scores[4:], strict=True)]
     patterns = []
-    for text, _ in ITEMS[:8]:
-        ids = gpt2.encode_document(text) if eot else gpt2.encode(text)
+    for ids in bench.first + bench.second:
         with torch.no_grad():
-            named = model(torch.from_numpy(ids.astype(np.int64))[None], activations=True).activations
+            named = model(torch.from_numpy(ids)[None], activations=True).activations
         patterns.append([named[sheet][0].mean(0).numpy() for sheet in subject.sheets])
     test = measures.welch(np.array(patterns[:4]), np.array(patterns[4:]))
-    with lesions.lesioned(subject.model, subject.sheets, units, fill):
-        assert bench.contrast().t[~units] == pytest.approx(test.t[~units], rel=1e-2, abs=1e-2)
-    t, p = np.abs(test.t[~units]), np.sort(test.p[~units])
-    passing = [i + 1 for i in range(len(p)) if p[i] < 0.05 * (i + 1) / len(p)]
-    assert seen["contrast"]["mean_abs_t"] == pytest.approx(t.mean(), rel=1e-3)
-    assert seen["contrast"]["significant_percent"] == pytest.approx(100 * max(passing, default=0) / len(p))
+    assert seen.t[~units] == pytest.approx(test.t[~units], rel=1e-2, abs=1e-2)
+    intact = bench.measure()
+    found = experiment.changes(intact, seen, ~units)
+    assert found["loss"] == seen.loss - intact.loss
+    difference = np.abs(seen.t[~units]).mean() - np.abs(intact.t[~units]).mean()
+    assert found["contrast"] == pytest.approx(difference)
+    assert found["accuracy"] == 100 * (seen.right.mean() - intact.right.mean())
+    assert np.isnan(experiment.changes(intact, seen, everywhere(subject, False))["contrast"])
+    assert bench.by_phenomenon(np.array([1, 0, 0.5, 1])) == {"a": 100.0, "b": 50.0}
 
 
-def test_draws_are_summed_up():
-    draws = [{"a": a, "b": {"c": 2 * a}} for a in (1.0, 2.0, 6.0)]
-    expected = {"a_mean": 3.0, "a_sd": 7**0.5, "b": {"c_mean": 6.0, "c_sd": 2 * 7**0.5}}
-    found = ablate.summary(draws)
-    assert found.pop("b") == pytest.approx(expected.pop("b")) and found == pytest.approx(expected)
-    assert ablate.summary(draws[:1]) == {"a_mean": 1.0, "a_sd": None, "b": {"c_mean": 2.0, "c_sd": None}}
+def test_p_values_are_adjusted_over_all_effects_and_measures():
+    def effect(*ps: float) -> dict:
+        tests = zip(("loss", "contrast"), ps, strict=True)
+        return {"measures": {name: {"units": {"p": p}, "shape": None} for name, p in tests}}
+
+    effects = [effect(0.01, 0.04), effect(0.02, 0.9)]
+    experiment.adjust(effects)
+    found = [m["units"]["p_adjusted"] for e in effects for m in e["measures"].values()]
+    assert found == pytest.approx([0.04, 4 / 3 * 0.04, 0.04, 0.9])
+
+
+def test_the_unit_that_carries_the_loss_is_found_and_no_other_is(out, gpt2):
+    """Planted: unit 5 of layer.1.mlp makes token 7 likely, half of the text; no other does a thing."""
+    subject = subject_of(out, "biases")
+    model, sheet = subject.model, subject.sheets.index("layer.1.mlp")
+    with torch.no_grad():
+        for branch in branches(model):
+            branch.c_proj.weight.zero_(), branch.c_proj.bias.zero_()
+        model.transformer.h[1].mlp.c_proj.bias[5] = 3.0
+        model.transformer.wte.weight[:, 5] = 0
+        model.transformer.wte.weight[7, 5] = 4.0
+    row = np.full(16, 7)
+    row[::2] = np.arange(100, 108)
+    bench = bench_of(out, subject, gpt2, rows=[row], pairs=None, phenomena=np.array([]))
+    bench = bench._replace(fill=everywhere(subject, 0.0))
+    targets = [sets.Target(str(unit), np.zeros((4, 16), bool)) for unit in (5, 2)]
+    made = []
+    for target in targets:
+        target.units[sheet, int(target.name)] = True
+        draws = [sets.random_units(target.units, 0, k) for k in range(40)]
+        made.append(sets.Sets(target, [s for s in draws if not s[sheet, 5]][:19], [], None))
+    _, effects = experiment.experiment(bench, made, ["lesion"])
+    planted, other = (effect["measures"]["loss"] for effect in effects)
+    assert planted["change"] > 0.1 and planted["units"]["p"] == 1 / 20
+    assert planted["units"]["mean"] == planted["units"]["high"] == 0
+    assert other["change"] == 0 and other["units"]["p"] == 1
+
+
+def test_p_of_random_targets_spreads_out(out, gpt2):
+    """Units that are as random as those they are compared with: no p-value is liked."""
+    subject = subject_of(out)
+    bench = bench_of(out, subject, gpt2, pairs=None, phenomena=np.array([]))
+    bench = bench._replace(rows=[bench.rows[0][:12]])
+    shape = np.zeros((4, 16), bool)
+    shape[:, :2] = True
+    made = [
+        sets.sets_of(sets.Target(str(k), sets.random_units(shape, 7, k)), subject.positions, 9, k)
+        for k in range(24)
+    ]
+    _, effects = experiment.experiment(bench, made, ["lesion"])
+    for name in ("loss", "contrast"):
+        ps = np.array([effect["measures"][name]["units"]["p"] for effect in effects])
+        assert 0.3 < ps.mean() < 0.8 and (ps <= 0.2).mean() < 0.5 and len(set(ps.round(3))) > 4
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -344,63 +468,61 @@ def results(out: Path, run: str) -> tuple[dict, dict[str, np.ndarray]]:
     return json.loads((folder / "ablate.json").read_text()), load_file(folder / "ablate.safetensors")
 
 
-def test_the_command_lesions_a_run_and_its_control(out, capsys):
-    argv = [
-        *arguments(out),
-        "--control",
-        str(out / "control"),
-        "--units",
-        "5",
-        "1",
-        "64",
-        "--random_draws",
-        "2",
-    ]
-    ANALYSIS.main([*argv, "--n_tokens", "200", "--lesion", "mean"])
+def test_the_command_measures_sets_as_models_of_changed_weights(out, capsys):
+    argv = [*arguments(out), "--control", str(out / "control"), "--units", "5", "1", "64", "--n_items", "3"]
+    blimp = write_pairs(out / "blimp.jsonl")
+    argv += ["--random_draws", "2", "--n_tokens", "96", "--lesion", "mean", "--blimp", str(blimp)]
+    ANALYSIS.main(argv)
     said = capsys.readouterr().out
-    headings = [line.split()[0] for line in said.splitlines() if "cross-entropy in nats" in line]
-    assert headings == ["plain,", "control,"]
+    headings = [line.split()[0] for line in said.splitlines() if ", intact: " in line]
+    assert headings == ["plain,", "control,"] * 3
     for run in ("plain", "control"):
         content, arrays = results(out, run)
         found, subject = content["results"], subject_of(out, run)
-        assert [lesion["name"] for lesion in found["lesions"]] == [f"{k} most selective" for k in (1, 5, 64)]
-        assert found["n_units"] == 64 and found["conditions"] == ["S", "N"] == found["what"].split(" - ")
-        assert content["protocol"]["tokens_predicted"] == 192 and content["protocol"]["lesion"] == "mean"
-        assert set(content["data_sha256"]) == {"items.csv", str(out / "val")}
-        assert arrays["t"].shape == (4, 4, 4)
-        rows, _ = ablate.held_out(settings_of(out, run, n_tokens=200), subject)
-        assert found["no_lesion"]["cross_entropy"] == pytest.approx(plain_cross_entropy(subject.model, rows))
-        fill = lesions.mean_outputs(subject.model, subject.sheets, rows)
-        largest = np.sort(arrays["t"].ravel())[::-1]
-        for lesion in found["lesions"]:
-            mask, k = arrays[f"lesioned.{lesion['name']}"], lesion["k"]
-            assert mask.dtype == np.uint8 and mask.sum() == k
+        names = [f"{k} most selective" for k in (1, 5, 64)]
+        does = list(itertools.product(names, ["lesion", "stimulate"]))
+        assert [(effect["target"], effect["do"]) for effect in found["effects"]] == does
+        assert found["n_units"] == 64 and found["what"] == "S - N" and found["n_items"] == [3, 3]
+        assert content["protocol"]["tokens_predicted"] == 96 and found["n_pairs"] == 9
+        assert set(content["data_sha256"]) == {"items.csv", str(out / "val"), str(blimp)}
+        rows, _ = ablate.held_out(settings_of(out, run, n_tokens=96), subject)
+        intact = plain_cross_entropy(subject.model, rows)
+        assert found["intact"]["loss"] == pytest.approx(intact)
+        fill = lesions.moments(subject.model, subject.sheets, 16, rows).mean
+        for effect in found["effects"][::2]:
+            mask, k = arrays[f"target.{effect['target']}"], effect["k"]
+            assert mask.dtype == np.uint8 and mask.sum() == k == sum(effect["by_sheet"].values())
+            largest = np.sort(arrays["t"].ravel())[::-1]
             assert sorted(arrays["t"][mask == 1]) == pytest.approx(sorted(largest[:k]))
-            units = (
-                np.stack([g[tuple(p.T)] for g, p in zip(mask, subject.positions.values(), strict=True)]) == 1
-            )
-            changed = plain_cross_entropy(without(subject, units, fill), rows)
-            assert lesion["cross_entropy"] == pytest.approx(changed, rel=1e-5)
-            drawn = [lesions.random_units(np.ones((4, 16), bool), k, 0, draw) for draw in (0, 1)]
-            random = [plain_cross_entropy(without(subject, u, fill), rows) for u in drawn]
-            assert lesion["random"]["cross_entropy_mean"] == pytest.approx(np.mean(random), rel=1e-5)
-            assert lesion["random"]["cross_entropy_sd"] == pytest.approx(
-                abs(np.diff(random))[0] / 2**0.5, abs=1e-4
-            )
-            if k < 64:
-                left = np.abs(arrays["t"][mask == 0])
-                assert lesion["contrast_intact"]["mean_abs_t"] == pytest.approx(left.mean(), rel=1e-5)
-        last = found["lesions"][-1]
-        assert last["contrast"] == {"significant_percent": None, "mean_abs_t": None}  # no unit is left
-        line = next(x for x in said.splitlines() if x.startswith("64 most selective")).split()
+            places = subject.positions.values()
+            units = np.stack([g[tuple(p.T)] for g, p in zip(mask, places, strict=True)]) == 1
+            loss = effect["measures"]["loss"]
+            changed = plain_cross_entropy(without(subject, units, fill), rows) - intact
+            assert loss["change"] == pytest.approx(changed, abs=1e-4)
+            drawn = [sets.random_units(units, 0, draw) for draw in (0, 1)]
+            random = [plain_cross_entropy(without(subject, u, fill), rows) - intact for u in drawn]
+            assert loss["units"]["mean"] == pytest.approx(np.mean(random), abs=1e-4)
+            assert loss["units"]["p"] in (1 / 3, 2 / 3, 1.0) and loss["shape"] is None
+        last = found["effects"][-2]["measures"]  # all units: random sets are the same, and none is left
+        assert last["loss"]["units"]["p"] == 1.0
+        assert last["contrast"] == {"change": None, "units": None, "shape": None}
+        line = next(x for x in said.splitlines() if x.startswith("64 most selective, lesioned")).split()
         if run == "plain":
-            first = found["no_lesion"]["cross_entropy"]
-            assert line[3:6] == ["64", f"{last['cross_entropy']:.3f}", f"{last['cross_entropy'] - first:.3f}"]
-            assert line[-1] == "-"
+            assert line[4:6] == ["64", f"{last['loss']['change']:.3f}"]
+
+
+def test_a_stimulation_by_nothing_changes_nothing(out):
+    argv = ["--do", "stimulate", "--strength", "0", "--units", "3", "--random_draws", "3"]
+    ANALYSIS.main([*arguments(out), *argv, "--n_tokens", "96", "--blimp", str(write_pairs(out / "b.jsonl"))])
+    (effect,) = results(out, "plain")[0]["results"]["effects"]
+    for name in ("loss", "contrast", "accuracy"):
+        found = effect["measures"][name]
+        assert found["change"] == found["units"]["low"] == found["units"]["high"] == 0
+        assert found["units"]["p"] == 1
 
 
 def test_the_same_command_finds_the_same(out):
-    argv = [*arguments(out, "biases"), "--units", "3", "--n_tokens", "200"]
+    argv = [*arguments(out, "biases"), "--units", "3", "--n_tokens", "48", "--random_draws", "3"]
     ANALYSIS.main(argv)
     first, arrays = results(out, "biases")
     ANALYSIS.main(argv)
@@ -409,16 +531,52 @@ def test_the_same_command_finds_the_same(out):
     assert all(np.array_equal(a, arrays_again[name]) for name, a in arrays.items())
 
 
-def test_a_disc_of_a_post_residual_model(out, capsys):
-    disc = ["--disc", "layer.1.mlp", "--centre", "1", "2", "--radius", "1"]
-    ANALYSIS.main([*arguments(out, "post"), *disc, "--n_tokens", "100"])
+def test_a_disc_of_a_post_residual_model_stands_beside_its_shape_elsewhere(out, capsys):
+    disc = ["--disc", "layer.1.mlp", "--centre", "1", "2", "--radius", "1", "--random_draws", "6"]
+    argv = [*arguments(out, "post"), *disc, "--n_tokens", "100", "--do", "lesion"]
+    argv.remove("--no_figures")
+    ANALYSIS.main(argv)
     content, arrays = results(out, "post")
-    (lesion,) = content["results"]["lesions"]
-    assert lesion["name"] == "disc of radius 1 at layer.1.mlp 1,2" and lesion["k"] == 5
+    (effect,) = content["results"]["effects"]
+    assert effect["target"] == "disc of radius 1 at layer.1.mlp 1,2"
+    assert effect["by_sheet"] == {"layer.1.mlp": 5} and effect["n_places"] == 4
+    assert effect["measures"]["loss"]["shape"]["p"] in {k / 7 for k in range(1, 8)}
     sheet = content["model"]["sheets"].index("layer.1.mlp")
-    mask = arrays["lesioned.disc of radius 1 at layer.1.mlp 1,2"]
+    mask = arrays["target.disc of radius 1 at layer.1.mlp 1,2"]
     assert mask[sheet].sum() == mask.sum() == 5
-    assert "lesioned is what the branch of a sheet adds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "changed is what their branch adds" in said and "same shape elsewhere" in said
+    assert "fits in 4 place(s) of its sheet, too few" in said
+    assert all((out / "post" / "evals" / f"ablate.{x}").stat().st_size > 5000 for x in ("png", "svg"))
+
+
+def test_phenomena_and_clusters_have_their_words(out):
+    effect = {"target": "cluster 1, a", "do": "lesion", "k": 3, "n_places": 50}
+    test = sets.compare(2.0, [0.0, 1.0, 1.0], "high")._asdict() | {"p_adjusted": 0.25}
+    effect["measures"] = {"accuracy": {"change": -2.0, "units": test, "shape": test}}
+    effect |= {"phenomena": {"binding": 40.0}, "phenomena_random": {"binding": 55.0}}
+    found = Result(
+        {
+            "model": {"label": "run", "sheets": ["a"]},
+            "protocol": {"cluster": 2, "alpha": 0.05, "random_draws": 3, "do": ["lesion"], "lesion": "zero"}
+            | {"tokens_predicted": 10, "strength": 2.0},
+            "results": {
+                "intact": {"accuracy": 60.0, "phenomena": {"binding": 60.0}}, "effects": [effect],
+                "n_items": [2, 2], "n_pairs": 7, "what": "S - N", "post_residual": False,
+            },
+        },
+        out,
+    )  # fmt: skip
+    section = ablate.section([found])
+    words, accuracy, phenomena = section.parts[1:]
+    assert "more than other places" in words and section.warnings == [
+        "run: 1 cluster(s), as there are no more."
+    ]
+    assert [str(x) for x in accuracy.rows[1][2:4]] == ["-2.0", "0.7 (0.1 to 1.0)"]
+    assert accuracy.rows[1][4:6] == [0.25, 0.25] and str(accuracy.rows[0][0]).startswith(
+        "run, intact: 60.0 %"
+    )
+    assert [str(x) for x in phenomena.rows[1]] == ["binding", "60.0 %", "40.0 %", "55.0 %"]
 
 
 def test_by_default_the_language_localiser_is_read(out, tmp_path, capsys):
@@ -434,23 +592,23 @@ def test_by_default_the_language_localiser_is_read(out, tmp_path, capsys):
     ANALYSIS.main([*argv, "--n_tokens", "100", "--random_draws", "1"])
     content = json.loads((tmp_path / "found" / "ablate.json").read_text())
     assert "fedorenko2010_localizer" in content["data_sha256"]
-    assert set(content["results"]["no_lesion"]["conditions"]) == {"S", "N"}
-    assert content["results"]["lesions"][1]["random"]["cross_entropy_sd"] is None  # of one draw
+    assert content["results"]["n_items"] == [4, 4]
+    assert {effect["k"] for effect in content["results"]["effects"]} == {1}  # 1 % of 64
 
 
 def test_an_exported_folder_with_a_text_of_its_own(out, tmp_path):
+    few = ["--n_tokens", "96", "--random_draws", "3"]
     folder = export.export(out / "control", out=tmp_path / "hf")
     (folder / "training_config.yaml").unlink()  # as in a model of somebody else's
     argv = [str(folder), "--no_figures", "--device", "cpu", "--stimuli", str(out / "items.csv")]
     with pytest.raises(UserError, match="is no run, so it has no held-out text.*--text FILE.txt"):
         ANALYSIS.main(argv)
-    ANALYSIS.main([*argv, "--text", str(out / "held.txt"), "--units", "4", "--n_tokens", "96"])
+    ANALYSIS.main([*argv, "--text", str(out / "held.txt"), "--units", "4", *few])
     content = json.loads((folder / "evals" / "ablate.json").read_text())
-    ANALYSIS.main(
-        [*arguments(out, "control"), "--text", str(out / "held.txt"), "--units", "4", "--n_tokens", "96"]
-    )
-    same = results(out, "control")[0]["results"]["lesions"][0]
-    assert content["results"]["lesions"][0]["cross_entropy"] == pytest.approx(same["cross_entropy"], rel=1e-5)
+    ANALYSIS.main([*arguments(out, "control"), "--text", str(out / "held.txt"), "--units", "4", *few])
+    same = results(out, "control")[0]["results"]["effects"][0]["measures"]["loss"]
+    found = content["results"]["effects"][0]["measures"]["loss"]
+    assert found["change"] == pytest.approx(same["change"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -475,10 +633,15 @@ def test_an_exported_folder_with_a_text_of_its_own(out, tmp_path):
         (["--disc", "layer.0.mlp", "--centre", "0", "0"], "disc = layer.0.mlp needs a radius"),
         (["--disc", "layer.0.mlp", "--radius", "1"], "disc = layer.0.mlp needs a centre"),
         (["--radius", "2"], "radius has no effect without a disc"),
-        (
-            ["--units", "4", "--disc", "layer.0.mlp", "--centre", "0", "0", "--radius", "1"],
-            "exclude each other",
-        ),
+        (["--cluster", "0"], "cluster = 0 must be"),
+        (["--top_percent", "1"], "top_percent has no effect without clusters"),
+        (["--cluster", "1", "--top_percent", "0"], "top_percent = 0.0 must be above 0 and at most 100"),
+        (["--do", "lesion", "lesion"], "do = lesion lesion must be lesion, stimulate or both"),
+        (["--do", "burn"], "--do must be one or more of lesion, stimulate, not burn"),
+        (["--strength", "-1"], "strength = -1.0 must be"),
+        (["--n_items", "1"], "n_items = 1 must be"),
+        (["--blimp_pairs", "0"], "blimp_pairs = 0 must be"),
+        (["--blimp", "nothing.parquet"], "nothing.parquet cannot be read as parquet: it is not there"),
         (["--units", "65"], "units = 65 are more than the 64 that plain has"),
         (["--units", "0"], "units = 0 must be"),
         (["--units", "3", "3"], "units = [3, 3] must be different"),
@@ -526,4 +689,4 @@ def test_every_setting_is_said_in_the_help(capsys):
     with pytest.raises(SystemExit):
         parse(AblateConfig, ["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "sizes of lesions" in said and "l2 distance in cells" in said
+    assert "so many most selective units" in said and "l2 distance in cells" in said

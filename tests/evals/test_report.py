@@ -27,6 +27,7 @@ from markupsafe import escape
 
 import evals
 from evals import contrasts
+from evals.ablate import AblateConfig
 from evals.report import __main__ as report
 from evals.report import overview, page, reader
 from topogpt import topo
@@ -264,13 +265,14 @@ def test_contrasts_of_the_users_own_stand_beside_the_published_ones(alone, stimu
     assert f"--stimuli {path}" in section_of(written, "provenance")
 
 
-def test_lesions_are_made_only_when_asked_for(alone, stimuli):
+def test_lesions_are_made_only_when_asked_for(alone, stimuli, monkeypatch):
+    monkeypatch.setitem(AblateConfig.__init__.__kwdefaults__, "random_draws", 3)  # a hundred take a minute
     found = shown("ablate", alone, "--stimuli_dir", stimuli)
     assert found.found == [] and "--ablate" in found.missing[0]
     found = shown("ablate", alone, "--stimuli_dir", stimuli, "--ablate")
-    lesion = found.found[0].content["results"]["lesions"][0]
+    effect = found.found[0].content["results"]["effects"][0]
     assert shown("ablate", alone, "--redo").found  # not made again, and not lost
-    change = lesion["cross_entropy"] - found.found[0].results["no_lesion"]["cross_entropy"]
+    change = effect["measures"]["loss"]["change"]
     table = next(part for part in found.section.parts if isinstance(part, Table))
     assert page.shown(change) in [page.shown(cell) for row in table.rows for cell in row]
 

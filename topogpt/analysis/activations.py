@@ -86,11 +86,12 @@ def check_finite(found: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices by length, so many that TOKENS_PER_BATCH holds them, padded."""
+def batches(lengths: Sequence[int], n_tokens: int | None = None) -> Iterator[list[int]]:
+    """Indices by length, so many that n_tokens (None: TOKENS_PER_BATCH) hold them, padded."""
+    n_tokens = n_tokens or TOKENS_PER_BATCH
     batch: list[int] = []
     for i in np.argsort(lengths, kind="stable").tolist():  # the last is the longest
-        if batch and (len(batch) + 1) * lengths[i] > TOKENS_PER_BATCH:
+        if batch and (len(batch) + 1) * lengths[i] > n_tokens:
             yield batch
             batch = []
         batch.append(i)

@@ -1,29 +1,58 @@
-"""Lesions: units that add nothing, or a constant, to the residual stream, and what is lost with them."""
+"""Interventions: units that show a constant at every token (lesion), or more than usual (stimulation)."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from topogpt import rng
 from topogpt.analysis.activations import batches
+from topogpt.topo import sheet_names
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from topogpt.model.gpt import GPT
 
+Hook = Callable[["Tensor", slice], "Tensor | None"]  # output, which units of the sheet it holds -> another
+
+
+def module_of(model: "GPT", sheet: str) -> "Module":
+    """What computes a sheet: layer.3.attn, layer.3.mlp, or layer.3.fc (before the GELU)."""
+    _, layer, branch = sheet.split(".")
+    block = model.transformer.h[int(layer)]
+    return block.mlp.c_fc if branch == "fc" else getattr(block, branch)
+
+
+def pieces(model: "GPT", sheet: str) -> Iterator[tuple["Module", slice]]:
+    """The modules behind a sheet, and which of its units each computes: all, but for the sheet all."""
+    if sheet != "all":
+        yield module_of(model, sheet), slice(None)
+        return
+    width = model.cfg.n_embd
+    for i, branch in enumerate(sheet_names(model.cfg.n_layer)):
+        yield module_of(model, branch), slice(i * width, (i + 1) * width)
+
 
 @contextlib.contextmanager
-def hooked(model: "GPT", sheets: Sequence[str], hooks: Sequence[Callable]) -> Iterator[None]:
-    """Run a hook on the output of the branch behind each sheet, before it joins the residual stream."""
+def hooked(model: "GPT", sheets: Sequence[str], hooks: Sequence[Hook]) -> Iterator[None]:
+    """Run a hook on what the modules behind each sheet compute, before anything reads it.
+
+    Args:
+        hooks: of each sheet, called as hook(out (B, T, n), units) with the slice of the sheet's units that
+            out holds. What it returns is used instead of out; None: out.
+    """
+
+    def run(hook: Hook, units: slice, module: object, inputs: object, out: "Tensor") -> "Tensor | None":
+        return hook(out, units)
+
     with contextlib.ExitStack() as stack:
         for sheet, hook in zip(sheets, hooks, strict=True):
-            _, layer, branch = sheet.split(".")
-            handle = getattr(model.transformer.h[int(layer)], branch).register_forward_hook(hook)
-            stack.callback(handle.remove)
+            for module, units in pieces(model, sheet):
+                handle = module.register_forward_hook(partial(run, hook, units))
+                stack.callback(handle.remove)
         yield
 
 
@@ -31,35 +60,58 @@ def lesioned(
     model: "GPT", sheets: Sequence[str], units: np.ndarray, fill: np.ndarray
 ) -> contextlib.AbstractContextManager[None]:
     """The model with units, (S, n_units) bool, showing the values in fill, (S, n_units), for every token."""
+    return changed(model, sheets, units, fill, lambda out, values: values)
+
+
+def stimulated(
+    model: "GPT", sheets: Sequence[str], units: np.ndarray, added: np.ndarray
+) -> contextlib.AbstractContextManager[None]:
+    """The model with units, (S, n_units) bool, showing added, (S, n_units), more than they would."""
+    return changed(model, sheets, units, added, lambda out, values: out + values)
+
+
+def changed(
+    model: "GPT",
+    sheets: Sequence[str],
+    units: np.ndarray,
+    values: np.ndarray,
+    new: Callable[["Tensor", "Tensor"], "Tensor"],
+) -> contextlib.AbstractContextManager[None]:
+    """The model with units, (S, n_units) bool, showing new(output, values)."""
     import torch
 
-    mask = torch.from_numpy(units).to(model.device)
-    values = torch.from_numpy(fill.astype(np.float32)).to(model.device)
+    def replace(mask: "Tensor", value: "Tensor", out: "Tensor", which: slice) -> "Tensor":
+        return torch.where(mask[which], new(out, value[which].to(out.dtype)), out)
 
-    def replace(i: int, module: object, inputs: object, out: "Tensor") -> "Tensor":
-        return torch.where(mask[i], values[i].to(out.dtype), out)
+    hooked_sheets, hooks = [], []
+    for sheet, mask, value in zip(sheets, units, values.astype(np.float32), strict=True):
+        if mask.any():
+            hooked_sheets.append(sheet)
+            hooks.append(partial(replace, *(torch.from_numpy(x).to(model.device) for x in (mask, value))))
+    return hooked(model, hooked_sheets, hooks)
 
-    return hooked(model, sheets, [partial(replace, i) for i in range(len(sheets))])
+
+class Moments(NamedTuple):
+    """Of every unit over tokens, (S, n_units) float64."""
+
+    mean: np.ndarray
+    sd: np.ndarray
 
 
-def mean_outputs(model: "GPT", sheets: Sequence[str], rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean output of every unit's branch over the tokens of rows of equal length, (S, n_units)."""
-    totals = np.zeros((len(sheets), model.cfg.n_embd))
+def moments(model: "GPT", sheets: Sequence[str], n_units: int, rows: Sequence[np.ndarray]) -> Moments:
+    """Mean and standard deviation of what every unit shows over the tokens of rows of equal length."""
+    totals, squares = np.zeros((2, len(sheets), n_units))
 
-    def add(i: int, module: object, inputs: object, out: "Tensor") -> None:
-        totals[i] += out.float().sum((0, 1)).double().cpu().numpy()
+    def add(i: int, out: "Tensor", units: slice) -> None:
+        x = out.double()
+        totals[i, units] += x.sum((0, 1)).cpu().numpy()
+        squares[i, units] += (x * x).sum((0, 1)).cpu().numpy()
 
     with hooked(model, sheets, [partial(add, i) for i in range(len(sheets))]):
         cross_entropy(model, rows)
-    return totals / sum(len(row) - 1 for row in rows)
-
-
-def random_units(among: np.ndarray, k: int, seed: int, draw: int) -> np.ndarray:
-    """k random units among some, (S, n_units) bool; a draw's smaller lesions lie within its larger ones."""
-    candidates = np.flatnonzero(among)
-    mask = np.zeros(among.shape, bool)
-    mask.flat[candidates[rng.permutation(len(candidates), seed, "lesion", draw)[:k]]] = True
-    return mask
+    n = sum(len(row) - 1 for row in rows)
+    mean = totals / n
+    return Moments(mean, np.sqrt(np.maximum(squares / n - mean**2, 0)))
 
 
 def cross_entropy(model: "GPT", rows: Sequence[np.ndarray]) -> float:

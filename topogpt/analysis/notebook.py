@@ -242,8 +242,8 @@ def lesion(run: Run, units: Units, fill: float = 0.0) -> Iterator[None]:
     device = run.model.device
     masks = {s: torch.from_numpy(mask_of(run, s, which)).to(device) for s, which in chosen.items()}
 
-    def silence(mask: Tensor, module: object, inputs: object, out: Tensor) -> Tensor:
-        return out.masked_fill(mask, fill)
+    def silence(mask: Tensor, out: Tensor, units: slice) -> Tensor:
+        return out.masked_fill(mask[units], fill)
 
     with hooked(run.model, list(masks), [partial(silence, mask) for mask in masks.values()]):
         yield
