@@ -6,10 +6,12 @@
 import dataclasses
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from topogpt.errors import UserError
+from topogpt.model.lora import check_peft, layers_to_adapt
 from topogpt.runs.folder import newest, read_state
 from topogpt.settings import TrainConfig
 from topogpt.text.loader import Corpus, open_corpus
@@ -34,6 +36,9 @@ def check(cfg: TrainConfig) -> Checked:
     """Raise UserError for what would stop the run later on; open the data."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_batch_size(cfg, world)
+    if cfg.lora_rank:
+        layers_to_adapt(cfg.model, cfg.lora_modules, cfg.lora_rank)
+        check_peft(cfg.lora_rank)
     train, val = (
         open_corpus(getattr(cfg, key), key=key, vocab_size=cfg.model.vocab_size, verify=rank == 0)
         for key in ("train_data_dir", "val_data_dir")
@@ -79,6 +84,10 @@ def check_run_folder(cfg: TrainConfig) -> None:
             f"overwrite: {run} is not the folder of a run (it has no config.yaml), so it is not deleted; "
             "choose another --run_name"
         )
+    if cfg.overwrite and cfg.init_from and Path(cfg.init_from).resolve().is_relative_to(run.resolve()):
+        raise UserError(
+            f"overwrite: {run} holds the weights of init_from = {cfg.init_from}; choose another --run_name"
+        )
     if not cfg.resume and not cfg.overwrite and run.exists():
         raise UserError(
             f"run_name = {cfg.run_name}: {run} exists; continue it with --resume, delete it with "
@@ -89,9 +98,13 @@ def check_run_folder(cfg: TrainConfig) -> None:
 def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str) -> None:
     """Refuse to continue a run with another model, topography, data or order of the data."""
     for section in ("model", "topo"):
-        check_same_section(getattr(cfg, section), section, saved["config"][section])
+        now = getattr(cfg, section)
+        check_same_fields(now, dataclasses.fields(now), f"{section}.", saved["config"][section])
     for key in ("seed", "batch_size"):
         refuse_change(key, saved["config"][key], getattr(cfg, key))
+    lora = [f for f in dataclasses.fields(cfg) if f.name.startswith("lora_")]
+    if not (cfg.lora_rank == saved["config"].get("lora_rank", 0) == 0):
+        check_same_fields(cfg, lora, "", saved["config"])
     for key, now in (("train_data_dir", train), ("val_data_dir", val)):
         if saved["data"][key] != now:
             raise UserError(
@@ -101,12 +114,14 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
             )
 
 
-def check_same_section(now: Any, section: str, saved: dict[str, Any]) -> None:
+def check_same_fields(
+    now: Any, fields: Iterable[dataclasses.Field], prefix: str, saved: dict[str, Any]
+) -> None:
     """A setting that was not there when the run was started had its default."""
-    for f in dataclasses.fields(now):
+    for f in fields:
         was = saved.get(f.name, f.default)
         was = tuple(was) if isinstance(was, list) else was  # as JSON has them
-        refuse_change(f"{section}.{f.name}", was, getattr(now, f.name))
+        refuse_change(f"{prefix}{f.name}", was, getattr(now, f.name))
 
 
 def refuse_change(key: str, was: Any, now: Any) -> None:
