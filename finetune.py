@@ -59,6 +59,7 @@ def settings_of(cfg: FinetuneConfig, given: Collection[str] = ()) -> TrainConfig
     name = cfg.run_name or name_of(cfg)
     source = source_of(cfg, folder.newest(Path(cfg.out_dir) / name) if cfg.resume else None)
     lr = (1e-3 if cfg.lora_rank else 1e-4) if cfg.lr is None else cfg.lr
+    size = source.model.block_size if cfg.block_size is None else cfg.block_size
     schedule = {"warmup_steps": cfg.warmup_steps, "decay_steps": None}
     shared = {f.name: getattr(cfg, f.name) for f in fields(LoopConfig)}
     folders = data_folders(cfg, source.model)
@@ -67,7 +68,7 @@ def settings_of(cfg: FinetuneConfig, given: Collection[str] = ()) -> TrainConfig
         train_data_dir=tuple(str(path / "train") for path in folders),
         val_data_dir=tuple(str(path / "val") for path in folders),
         init_from=cfg.run,
-        model=replace(source.model, block_size=cfg.block_size or source.model.block_size),
+        model=replace(source.model, block_size=size),
         topo=replace(source.topo, **{key: getattr(cfg.topo, key) for key in given}),
         optim=OptimConfig(lr=lr, min_lr=lr / 10, weight_decay=cfg.weight_decay, **schedule),
     )
@@ -169,7 +170,7 @@ def prepare_once(cfg: FinetuneConfig, text: tuple[str, ...]) -> Path:
             others = sum(documents.get(s, 0) for s in ("train", "val"))
             raise UserError(
                 f"data = {' '.join(text)}: none of its {others} documents fell into {split} at "
-                f"val_fraction = {cfg.val_fraction}; give more documents (a .txt file is one) or another --val_fraction"
+                f"val_fraction = {cfg.val_fraction}; give more (a .txt file is one) or another --val_fraction"
             )
     return out
 
@@ -185,8 +186,8 @@ def check_enough(cfg: TrainConfig) -> None:
         n_windows = (corpus.n_tokens - 1) // size
         if n_windows < wanted:
             raise UserError(
-                f"data: {corpus.n_tokens:,} tokens in {' '.join(getattr(cfg, key))} are {n_windows} sequences of "
-                f"block_size = {size}, and {wanted} are needed; give more text, a smaller --block_size or "
+                f"data: {corpus.n_tokens:,} tokens in {' '.join(getattr(cfg, key))} are {n_windows} windows "
+                f"of block_size {size}, and {wanted} are needed; give more text, a smaller --block_size or "
                 f"{remedy}"
             )
 
