@@ -97,6 +97,11 @@ def source_of(cfg: FinetuneConfig, checkpoint: Path | None) -> Source:
     path = Path(cfg.run)
     if checkpoint:
         said = folder.read_state(checkpoint)["config"]
+        if said["init_from"] is None or Path(said["init_from"]).resolve() != path.resolve():
+            raise UserError(
+                f"resume: run = {cfg.run}, but {checkpoint.parents[1]} was started from {said['init_from']}; "
+                "give that, or another --run_name"
+            )
         return Source(GPTConfig(**said["model"]), topo_of(said["topo"]))
     if (path / "checkpoints").is_dir():
         said = folder.read_state(path / "best")["config"]

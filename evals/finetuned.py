@@ -28,18 +28,16 @@ class FinetunedConfig:
 
 def main(argv: list[str]) -> None:
     cfg = parse(FinetunedConfig, argv, prog="python -m evals.finetuned")
+    if not cfg.runs:
+        raise UserError("runs is empty; give folders of runs that finetune.py made")
     found = [read(Path(run)) for run in cfg.runs]
     found.sort(key=lambda each: (each[0][0], each[0][3] or math.inf))  # full finetuning last
     print_table(HEAD, [row for row, _ in found])
     blind = {math.log(model.n_vocab) for _, (model, _) in found}
     say(f"(nats per token on validation text; a blind guess: {', '.join(f'{b:.3f}' for b in sorted(blind))};")
-    say(
-        "after: the best evaluation, at that step; trained: parameters; kept: the spatial loss in finetuning)"
-    )
+    say("after: the best evaluation, at that step; trained: parameters; kept: a spatial loss in finetuning)")
     if len({text for _, (_, text) in found}) > 1:
-        say(
-            "note: these runs were finetuned or validated on different tokens, so their losses do not compare"
-        )
+        say("note: these runs saw different tokens in training or validation, so their losses do not compare")
 
 
 def read(run: Path) -> tuple[list[Any], tuple[GPTConfig, Any]]:

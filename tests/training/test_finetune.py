@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
+from evals import finetuned
 from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.model import lora
@@ -168,6 +169,16 @@ def test_the_checkpoint_is_read_and_exported_like_any_other(source, adapted, tmp
 
 
 # ---- resuming ------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_without_the_model_it_started_from(source, tmp_path):
+    moved = shutil.copytree(source, tmp_path / "moved", symlinks=True)
+    cfg = replace(settings(source, "orphan", lora_rank=RANK, max_steps=2), run=str(moved))
+    train(finetune.settings_of(cfg))
+    shutil.rmtree(moved)
+    assert train(finetune.settings_of(replace(cfg, resume=True, max_steps=3))).step == 3
+    with pytest.raises(UserError, match="run = .*source, but .*orphan was started from .*moved; give"):
+        finetune.settings_of(replace(cfg, resume=True, run=str(source)))
 
 
 def copy_up_to(run: Path, step: int, name: str) -> Path:
@@ -409,3 +420,54 @@ def test_the_saved_settings_train_the_same_again(adapted):
     cfg = parse(TrainConfig, [str(adapted / "config.yaml")])
     saved = json.loads((adapted / "last/state.json").read_text())["config"]
     assert json.loads(json.dumps(asdict(cfg))) == saved
+
+
+# ---- several runs --------------------------------------------------------------------------------
+
+
+def test_a_table_of_runs(source, adapted, capsys):
+    full = finetune.settings_of(settings(source, "all-of-it", max_steps=6))
+    train(full)
+    capsys.readouterr()
+    finetuned.main([str(tiny.folder_of(full)), str(adapted)])
+    head, lora_row, full_row, *notes = capsys.readouterr().out.splitlines()
+    assert head.split()[-3:] == ["after", "change", "step"]
+    before, *_, after = [r["cross_entropy"] for r in tiny.records(adapted, "val")]
+    assert lora_row.split()[-7:-1] == [
+        "yes",
+        "2",
+        "1,024",
+        f"{before:.3f}",
+        f"{after:.3f}",
+        f"{after - before:+.3f}",
+    ]
+    assert " no  " in full_row and "every one" in full_row and "toponets, tau 3.0" in full_row
+    assert "blind guess: 4.159" in notes[0] and len(notes) == 2  # log 64; the same tokens
+    for wrong in (source, source.with_name("nowhere")):
+        with pytest.raises(UserError, match="give folders of runs that finetune.py made"):
+            finetuned.main([str(wrong)])
+
+
+def test_the_recipe_trains_every_model_at_every_rank_and_nothing_twice(tmp_path):
+    """With a python that notes what it is asked for, and makes the run's folder."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/bash\necho "${@:1}" >> asked\nwhile [ $# -gt 1 ]; do\n'
+                    '[ "$1" != --run_name ] || mkdir -p "out/$2"; shift; done\n')  # fmt: skip
+    fake.chmod(0o755)
+
+    def recipe(*given: str, **env: str) -> list[list[str]]:
+        (tmp_path / "asked").unlink(missing_ok=True)
+        command = ["bash", str(tiny.ROOT / "recipes/lora.sh"), *given]
+        env = os.environ | {"PYTHON": str(fake)} | env
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+        return [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+
+    *asked, table = recipe("mine.jsonl", "out/a/", "USER/b/hf", RANKS="0 4", FLAGS="--max_steps 3")
+    assert [a[1:6] for a in asked] == [
+        [run, "--data", "mine.jsonl", "--lora_rank", rank] for run in ("out/a", "USER/b/hf") for rank in "04"
+    ]
+    assert all(a[-2:] == ["--max_steps", "3"] and "--resume" not in a for a in asked)
+    assert table == "-m evals.finetuned out/a-full out/a-lora4 out/b-full out/b-lora4".split()
+    *again, _ = recipe("mine.jsonl", "out/a", RANKS="2 4")
+    assert ["--resume" in a for a in again] == [False, True]
+    assert len(recipe("mine.jsonl", "out/a")) == 4  # 2, 4, 8, and the table
