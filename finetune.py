@@ -60,6 +60,10 @@ def settings_of(cfg: FinetuneConfig, given: Collection[str] = ()) -> TrainConfig
     source = source_of(cfg, folder.newest(Path(cfg.out_dir) / name) if cfg.resume else None)
     lr = (1e-3 if cfg.lora_rank else 1e-4) if cfg.lr is None else cfg.lr
     size = source.model.block_size if cfg.block_size is None else cfg.block_size
+    if size > source.model.block_size:
+        raise UserError(
+            f"block_size = {size} is more than the model has; give {source.model.block_size} or less"
+        )
     schedule = {"warmup_steps": cfg.warmup_steps, "decay_steps": None}
     shared = {f.name: getattr(cfg, f.name) for f in fields(LoopConfig)}
     folders = data_folders(cfg, source.model)
@@ -142,7 +146,7 @@ def topo_of(said: dict[str, Any]) -> TopoConfig:
 
 
 def data_folders(cfg: FinetuneConfig, model: GPTConfig) -> list[Path]:
-    """Folders with train/ and val/: those among --data, and one that is made of the rest."""
+    """Folders with train/ and val/: those among --data, and what is made of the rest."""
     is_ready = {p: Path(p, "train").is_dir() and Path(p, "val").is_dir() for p in cfg.data}
     text = tuple(p for p, ready in is_ready.items() if not ready)
     if text and model.vocab_size < N_VOCAB:
@@ -150,8 +154,10 @@ def data_folders(cfg: FinetuneConfig, model: GPTConfig) -> list[Path]:
             f"{cfg.run} has a vocabulary of {model.vocab_size} tokens, not GPT-2's {N_VOCAB}, in which "
             f"data = {text[0]} would be written; give a folder with train/ and val/, shards of its own tokens"
         )
-    ready = [Path(p) for p in cfg.data if is_ready[p]]
-    return [*ready, prepare_once(cfg, text)] if text else ready
+    files = tuple(p for p in text if p != "pydoc")
+    folders = [Path(p) for p in cfg.data if is_ready[p]]
+    folders += [prepare_once(cfg, ("pydoc",))] if files != text else []
+    return [*folders, prepare_once(cfg, files)] if files else folders
 
 
 def prepare_once(cfg: FinetuneConfig, text: tuple[str, ...]) -> Path:

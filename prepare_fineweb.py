@@ -143,7 +143,7 @@ def make_shards(cfg: PrepareConfig, source: Any, parts: Parts, pool: Executor, r
         total = add_counts([parts.read(unit) for unit in units])
     if not total.n_documents:
         found = prepared.skipped_words(total.skipped)
-        raise UserError(f"no document with text was found: {found}; check --source and --text_column")
+        raise UserError(f"no document with text was found: {found}; check the text and --text_column")
     shards = assemble(pool, units, parts, source.name, cfg.shard_size)
     documents = total.documents | {"skipped": total.skipped}
     return {"shards": shards, "documents": documents, "tokens": total.tokens}

@@ -344,6 +344,7 @@ MISTAKES = {  # name: (arguments, what the line must hold)
     "too_few_tokens": ("--data short", ["data: 40 tokens in short/train", "8 are needed", "--batch_size"]),
     "nothing_to_validate_on": ("--data blind", ["data: 9 tokens in blind/val", "--val_fraction"]),
     "no_context": ("--block_size 0", ["model.block_size = 0", "at least 1"]),
+    "longer_context": ("--block_size 17", ["block_size = 17", "give 16 or less"]),
     "run_exists": ("--run_name source", ["run_name = source", "--overwrite"]),
     "its_own_source": ("--run_name source --overwrite", ["overwrite", "holds the weights of init_from"]),
     "unknown_loss": ("--topo.loss topoloss", ["topo.loss = topoloss", "toponets"]),
@@ -391,6 +392,9 @@ def test_too_little_text_is_one_line(tmp_path, monkeypatch):
         finetune.settings_of(cfg)
     with pytest.raises(UserError, match="data = nowhere does not exist"):
         finetune.settings_of(replace(cfg, data=("nowhere",)))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="no document with text was found: .*; check the text and"):
+        finetune.settings_of(replace(cfg, data=(str(tmp_path / "empty.jsonl"),)))
 
 
 def test_adapters_without_peft(source, monkeypatch):

@@ -6,7 +6,6 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,13 +97,10 @@ def check_run_folder(cfg: TrainConfig) -> None:
 def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str) -> None:
     """Refuse to continue a run with another model, topography, data or order of the data."""
     for section in ("model", "topo"):
-        now = getattr(cfg, section)
-        check_same_fields(now, dataclasses.fields(now), f"{section}.", saved["config"][section])
+        check_same_section(getattr(cfg, section), section, saved["config"][section])
     for key in ("seed", "batch_size"):
         refuse_change(key, saved["config"][key], getattr(cfg, key))
-    lora = [f for f in dataclasses.fields(cfg) if f.name.startswith("lora_")]
-    if not (cfg.lora_rank == saved["config"].get("lora_rank", 0) == 0):
-        check_same_fields(cfg, lora, "", saved["config"])
+    check_same_section(cfg, "", saved["config"], "lora_")
     for key, now in (("train_data_dir", train), ("val_data_dir", val)):
         if saved["data"][key] != now:
             raise UserError(
@@ -114,14 +110,13 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
             )
 
 
-def check_same_fields(
-    now: Any, fields: Iterable[dataclasses.Field], prefix: str, saved: dict[str, Any]
-) -> None:
-    """A setting that was not there when the run was started had its default."""
-    for f in fields:
-        was = saved.get(f.name, f.default)
-        was = tuple(was) if isinstance(was, list) else was  # as JSON has them
-        refuse_change(f"{prefix}{f.name}", was, getattr(now, f.name))
+def check_same_section(now: Any, section: str, saved: dict[str, Any], start: str = "") -> None:
+    """A setting that was not there when the run was started had its default; start: of their names."""
+    for f in dataclasses.fields(now):
+        if f.name.startswith(start):
+            was = saved.get(f.name, f.default)
+            was = tuple(was) if isinstance(was, list) else was  # as JSON has them
+            refuse_change(f"{section}.{f.name}".removeprefix("."), was, getattr(now, f.name))
 
 
 def refuse_change(key: str, was: Any, now: Any) -> None:
