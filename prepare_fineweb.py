@@ -44,8 +44,15 @@ from topogpt.text.sources import Files, Unit
 
 def main(argv: list[str]) -> None:
     cfg = parse(PrepareConfig, argv, prog="prepare_fineweb.py")
+    if prepare(cfg):
+        train, val = (Path(cfg.out_dir, split) for split in ("train", "val"))
+        say(f"next: python train.py --run_name NAME --train_data_dir {train} --val_data_dir {val}")
+
+
+def prepare(cfg: PrepareConfig) -> bool:
+    """Make the shards, where they are not there; whether this rank has, or found them made."""
     try:
-        prepare(cfg)
+        return make(cfg)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from here", file=sys.stderr)
         sys.exit(130)
@@ -56,7 +63,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{place}: {error.strerror}; run again once it is free") from None
 
 
-def prepare(cfg: PrepareConfig) -> None:
+def make(cfg: PrepareConfig) -> bool:
     ranks, out = read_place(), Path(cfg.out_dir)
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_workers = cfg.num_proc or max(1, n_cores // ranks.local_world)
@@ -77,7 +84,8 @@ def prepare(cfg: PrepareConfig) -> None:
                     prepared.check_no_strangers(out)
                 make_parts(cfg, source, parts, pool, n_workers, ranks)
                 if ranks.rank:
-                    return say(f"rank {ranks.rank} of {ranks.world} is done; rank 0 makes the shards")
+                    say(f"rank {ranks.rank} of {ranks.world} is done; rank 0 makes the shards")
+                    return False
                 manifest = prepared.describe(cfg, source, val_fraction)
                 manifest |= make_shards(cfg, source, parts, pool, ranks)
             write_json(out / "manifest.json", manifest)
@@ -85,6 +93,7 @@ def prepare(cfg: PrepareConfig) -> None:
             shutil.rmtree(out / "source", ignore_errors=True)
         shutil.rmtree(parts.folder, ignore_errors=True)
         prepared.report(out)
+    return True
 
 
 def open_source(cfg: PrepareConfig, parts: Parts, ranks: Place, n_threads: int) -> Any:
@@ -134,7 +143,7 @@ def make_shards(cfg: PrepareConfig, source: Any, parts: Parts, pool: Executor, r
         total = add_counts([parts.read(unit) for unit in units])
     if not total.n_documents:
         found = prepared.skipped_words(total.skipped)
-        raise UserError(f"no document with text was found: {found}; check --source and --text_column")
+        raise UserError(f"no document with text was found: {found}; check the text and --text_column")
     shards = assemble(pool, units, parts, source.name, cfg.shard_size)
     documents = total.documents | {"skipped": total.skipped}
     return {"shards": shards, "documents": documents, "tokens": total.tokens}

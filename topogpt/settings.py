@@ -82,7 +82,8 @@ class TopoConfig:
                     f"topo.loss = {self.loss} is no spatial loss of ours; give one of {names}, or several of "
                     "them, each once, joined by +"
                 )
-        for name in ("weight", "tau", "neighbour_weight", "wiring_weight"):
+        counts = ("weight_warmup_steps", "neighbourhoods")
+        for name in ("weight", "tau", "neighbour_weight", "wiring_weight", *counts):
             check_at_least(f"topo.{name}", getattr(self, name), 0)
         for name in ("factor_h", "factor_w"):
             check_at_least(f"topo.{name}", getattr(self, name), 1)
@@ -94,9 +95,7 @@ class TopoConfig:
                 f"topo.loss = {self.loss}: {of_weights[0]} takes the units of c_fc to lie row by row, and "
                 "topo.positions = permuted would show them elsewhere; give --topo.positions identity"
             )
-        check_at_least("topo.weight_warmup_steps", self.weight_warmup_steps, 0)
         check_at_least("topo.radius", self.radius, 2)
-        check_at_least("topo.neighbourhoods", self.neighbourhoods, 0)
         warms_up = self.weight_schedule in ("linear", "chained")
         if self.weight_warmup_steps and not warms_up:
             raise UserError(
@@ -129,9 +128,8 @@ class OptimConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
 
     def __post_init__(self) -> None:
-        check_at_least("optim.lr", self.lr, 0)
-        check_at_least("optim.min_lr", self.min_lr, 0)
-        check_at_least("optim.warmup_steps", self.warmup_steps, 0)
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
+            check_at_least(f"optim.{name}", getattr(self, name), 0)
         if self.decay_steps is not None:
             check_at_least("optim.decay_steps", self.decay_steps, 1)
             if self.decay_steps < self.warmup_steps:
@@ -139,8 +137,6 @@ class OptimConfig:
                     f"optim.decay_steps = {self.decay_steps} is below optim.warmup_steps = "
                     f"{self.warmup_steps}; the cosine lies between them"
                 )
-        check_at_least("optim.weight_decay", self.weight_decay, 0)
-        check_at_least("optim.grad_clip", self.grad_clip, 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
@@ -151,16 +147,13 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train a GPT whose units lie on a sheet: train.py [config.yaml] --run_name NAME [--flag value ...]."""
+class LoopConfig:
+    """How a run goes, whatever it trains: what train.py and finetune.py share."""
 
     run_name: str = ""  # name of the run; its folder is out_dir/run_name
-    train_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/train",)  # token shards: folder, glob or paths
-    val_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/val",)  # the same, for validation
     per_device_batch_size: int = 48  # sequences per GPU and micro-step: lower it when memory runs out
     batch_size: int = 960  # sequences per optimiser step, over all GPUs and micro-steps
     max_steps: int = 600_000  # optimiser steps
-    init_from: str | None = None  # start from these weights: a run, an exported folder, GPT-2 on the Hub
     push_to_hf: bool = False  # at the end export the best checkpoint and push it to the Hub, as run_name
     push_every: int = 0  # with push_to_hf: push the best so far after every so many evaluations, too
     wandb: bool = False  # copy the metrics to Weights & Biases (WANDB_MODE=offline works)
@@ -184,6 +177,36 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
     deterministic: bool = False  # deterministic CUDA kernels, slower: resuming is then exact on CUDA too
 
+    lora_rank: int = 0  # train adapters of this rank in frozen layers (LoRA; takes peft); 0: every weight
+    lora_alpha: float = 32.0  # an adapter adds alpha / rank * B A to its layer's weights
+    lora_modules: tuple[str, ...] = ("*.attn.*", "*.mlp.*")  # patterns of the layers that get adapters
+
+    def __post_init__(self) -> None:
+        if Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
+            raise UserError(
+                f"run_name = {self.run_name} must be a plain name; the folder above it is --out_dir"
+            )
+        if self.resume and self.overwrite:
+            raise UserError("resume and overwrite exclude each other; give one of them")
+        for name in ("per_device_batch_size", "batch_size", "max_steps", "eval_every", "log_every"):
+            check_at_least(name, getattr(self, name), 1)
+        for name in ("push_every", "patience", "lora_rank"):
+            check_at_least(name, getattr(self, name), 0)
+        if self.push_every and not self.push_to_hf:
+            raise UserError(f"push_every = {self.push_every} has no effect without --push_to_hf")
+        for name in ("save_every", "val_tokens", "keep_last", "max_skipped"):
+            check_at_least(name, getattr(self, name), 1)
+        if not 0 < self.lora_alpha < float("inf"):
+            raise UserError(f"lora_alpha = {self.lora_alpha} must be a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """Train a GPT whose units lie on a sheet: train.py [config.yaml] --run_name NAME [--flag value ...]."""
+
+    train_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/train",)  # token shards: folder, glob or paths
+    val_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/val",)  # the same, for validation
+    init_from: str | None = None  # start from these weights: a run, an exported folder, GPT-2 on the Hub
     model: GPTConfig = field(default_factory=GPTConfig)
     topo: TopoConfig = field(default_factory=TopoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -191,27 +214,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.run_name:
             raise UserError("run_name is missing; add --run_name NAME")
-        if Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
-            raise UserError(
-                f"run_name = {self.run_name} must be a plain name; the folder above it is --out_dir"
-            )
-        if self.resume and self.overwrite:
-            raise UserError("resume and overwrite exclude each other; give one of them")
-        for name in (
-            "per_device_batch_size",
-            "batch_size",
-            "max_steps",
-            "eval_every",
-            "log_every",
-            "save_every",
-        ):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("push_every", self.push_every, 0)
-        if self.push_every and not self.push_to_hf:
-            raise UserError(f"push_every = {self.push_every} has no effect without --push_to_hf")
-        for name in ("val_tokens", "keep_last", "max_skipped"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("patience", self.patience, 0)
+        super().__post_init__()
+        if self.lora_rank and self.init_from is None:
+            raise UserError(f"lora_rank = {self.lora_rank} has no weights to adapt; add --init_from RUN")
         self.check_sheet()
 
     @property
@@ -235,6 +240,35 @@ class TrainConfig:
                 f"topo.radius = {self.topo.radius} is too large for the sheet: {side}x{side} units do not "
                 f"fit the {h}x{w} of model.{key} = {units}; try --topo.radius {(min(h, w) + 1) // 2}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(LoopConfig):
+    """Train a finished model on other text, all of it or adapters: finetune.py RUN --data mine.jsonl."""
+
+    run: str  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
+    data: tuple[str, ...] = ()  # files, folders, globs (parquet, jsonl, txt), pydoc; or prepared folders
+    run_name: str = ""  # name of the new run; default: that of the model with -full or -lora and the rank
+    keep_topography: bool = False  # train the spatial loss of the model's own training, too
+    topo: TopoConfig = field(default_factory=lambda: TopoConfig(loss="none"))  # else given: the model's
+    block_size: int | None = None  # context length in tokens; None: the model's
+    lr: float | None = None  # peak learning rate; a cosine ends at a tenth. None: 1e-4, with LoRA 1e-3
+    warmup_steps: int = 20  # linear warm-up
+    weight_decay: float = 0.0  # it would draw the weights to 0, and not to those of the model
+    per_device_batch_size: int = 8  # sequences per GPU and micro-step: lower it when memory runs out
+    batch_size: int = 16  # sequences per optimiser step, over all GPUs and micro-steps
+    max_steps: int = 500  # optimiser steps
+    eval_every: int = 50  # steps between evaluations; the first is of the model as it was
+    val_tokens: int = 65_536  # validation tokens, always the same first ones
+    data_dir: str = "data"  # text is prepared in a folder of this one, once, whatever runs use it
+    text_column: str = "text"  # column or JSON key of the text
+    val_fraction: float = 0.05  # share of the documents of new text that validate
+    vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("data is missing; add --data FILE, a folder of text, or one of prepared shards")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def contrast(
     subject: Subject, first: list[np.ndarray], second: list[np.ndarray], pooling: Literal["mean", "last"]
 ) -> measures.TTest:
     """Of every unit of the model as it is now, first - second items, each (S, n_units)."""
-    patterns = of_tokens(subject.model, first + second, pooling)
+    patterns = of_tokens(subject.model, first + second, pooling, subject.sheets)
     x = np.stack([patterns[sheet] for sheet in subject.sheets], axis=1)  # (n_items, S, n_units)
     return measures.welch(x[: len(first)], x[len(first) :])
 

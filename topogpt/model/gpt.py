@@ -120,14 +120,15 @@ class GPT(nn.Module):
         return self.lm_head.weight.device
 
     def n_parameters(self, *, position_embedding: bool = True) -> int:
-        """Number of parameters, the tied head counted once."""
-        n = sum(p.numel() for p in self.parameters())
+        """Number of parameters, the tied head counted once and adapters, which are merged, not at all."""
+        n = sum(p.numel() for name, p in self.named_parameters() if ".lora_" not in name)
         return n if position_embedding else n - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self) -> float:
-        """Floating-point operations per trained token: 6N + 12 L C T (PaLM, appendix B)."""
+        """Floating-point operations per trained token: 6N + 12 L C T (PaLM, appendix B); frozen: 4N."""
         attention = 12 * self.cfg.n_layer * self.cfg.n_embd * self.cfg.block_size
-        return 6 * self.n_parameters(position_embedding=False) + attention
+        counted = (p for name, p in self.named_parameters() if name != "transformer.wpe.weight")
+        return sum((6 if p.requires_grad else 4) * p.numel() for p in counted) + attention
 
     def forward(
         self,

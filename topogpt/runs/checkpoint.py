@@ -1,7 +1,8 @@
 """Checkpoints: weights, positions and optimiser of a step, saved whole or not at all, and loaded.
 
 A checkpoint is written under a temporary name, fsynced and renamed, so one that has its final name is
-complete.
+complete. That of a model with adapters holds the merged weights in model.safetensors, so it is read like any
+other, and the adapters beside them; the weights they were added to are in the run's folder, once.
 """
 
 import dataclasses
@@ -19,12 +20,16 @@ from torch import Tensor
 
 from topogpt import topo
 from topogpt.errors import UserError
-from topogpt.files import fsync, permit
+from topogpt.files import fsync, permit, whole
+from topogpt.model import lora
 from topogpt.model.gpt import GPT
-from topogpt.runs.folder import find_checkpoint, point, read_state, step_folder
+from topogpt.runs.folder import complete, find_checkpoint, point, read_state, step_folder
 from topogpt.runs.state import TrainState
 from topogpt.settings import GPTConfig
 from topogpt.topography import PREFIX
+
+BASE_FILE = "base.safetensors"  # of a run: the weights that its adapters are added to
+ADAPTER_FILE = "adapter.safetensors"  # of a checkpoint
 
 
 def save(
@@ -42,6 +47,9 @@ def save(
     final = step_folder(run, state.step)
     if not final.exists():
         try:
+            if lora.is_adapted(model) and not complete(run):
+                with whole(run / BASE_FILE) as part:
+                    save_weights(lora.split_weights(model)[0], part)
             write(final, model, positions, optimizer, {**record, "train_state": dataclasses.asdict(state)})
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
             raise UserError(
@@ -65,11 +73,11 @@ def write(
     part = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    del tensors["lm_head.weight"]  # tied: it is transformer.wte.weight
-    tensors |= {PREFIX + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    permit(part / "model.safetensors")
+    base, adapters = lora.split_weights(model)
+    sheets = {PREFIX + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
+    save_weights(lora.merge(model, base, adapters) | sheets, part / "model.safetensors")
+    if adapters:
+        save_weights(adapters, part / ADAPTER_FILE)
     torch.save(optimizer.state_dict(), part / "optimizer.pt")
     (part / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in (*part.iterdir(), part):
@@ -78,14 +86,16 @@ def write(
     fsync(final.parent)
 
 
+def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors without the tied head: it is transformer.wte.weight."""
+    tensors = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
+    save_file(tensors, path, metadata={"format": "pt"})
+    permit(path)
+
+
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """Weights by name, without the tied head, and positions by sheet, in forward order, of a checkpoint."""
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise UserError(
-            f"checkpoint {folder} is damaged: model.safetensors: {error}; use another checkpoint"
-        ) from None
+    tensors = read_tensors(folder / "model.safetensors")
     positions = {
         name.removeprefix(PREFIX): t.numpy().astype(np.int64)
         for name, t in tensors.items()
@@ -93,6 +103,33 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]
     }
     positions = dict(sorted(positions.items(), key=lambda item: topo.sheet_order(item[0])))  # 2 before 10
     return {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}, positions
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"checkpoint {path.parent} is damaged: {path.name}: {error}; use another checkpoint"
+        ) from None
+
+
+def load_adapters(model: GPT, folder: Path, merged: dict[str, Tensor]) -> None:
+    """Adapters of a checkpoint into a model that has some; its other weights are those of the run's start.
+
+    Raises UserError where both together are not `merged`, the weights of the checkpoint: one is damaged.
+    """
+    try:
+        lora.load_adapters(model, read_tensors(folder / ADAPTER_FILE))
+        for name, weight in lora.merge(model, *lora.split_weights(model)).items():
+            # equal on one machine; another may round a sum of products otherwise
+            if name in merged and not torch.allclose(weight, merged[name], rtol=1e-5, atol=1e-7):
+                raise ValueError(f"{name} is not what model.safetensors holds")
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint {folder} is damaged: {ADAPTER_FILE} with {BASE_FILE}: {error}; delete it, and "
+            "--resume goes on from the one before"
+        ) from None
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from topogpt.sharing.gpt2 import WTE, from_gpt2
 from topogpt.sharing.tokenizer_files import strict_json
 
 PADDING_FILE = "padding.safetensors"  # the rows that an export cuts off, so that coming back changes nothing
-ASKED_FILES = ["*.json", "*.safetensors", "merges.txt"]
+ASKED_FILES = ["*.json", "*.safetensors", "merges.txt", "training_config.yaml"]
 
 
 class Imported(NamedTuple):

@@ -65,6 +65,13 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b) * scales(a) * scales(b)
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """What a layer multiplies with: its weight, and what adapters of peft (LoRA) in it add to that."""
+    if not hasattr(layer, "get_delta_weight"):
+        return layer.weight
+    return layer.weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+
+
 class WeightLoss(nn.Module):
     """A loss on the weights of some layers of a model; a file an objective says what it is of one of them.
 
@@ -89,9 +96,9 @@ class WeightLoss(nn.Module):
         if any(buffer.device != device for buffer in self.buffers()):
             self.to(device)  # once, wherever the model was moved to
         for name in self.layers:
-            weight = model.get_submodule(name).weight
-            with no_autocast(weight):
-                losses.append(self.of_layer(name, at_least_float32(weight)))
+            layer = model.get_submodule(name)
+            with no_autocast(layer.weight):
+                losses.append(self.of_layer(name, at_least_float32(weight_of(layer))))
         return torch.stack(losses)
 
     def of_layer(self, name: str, weight: Tensor) -> Tensor:

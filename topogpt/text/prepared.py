@@ -138,7 +138,7 @@ def skipped_words(skipped: dict[str, int]) -> str:
 
 
 def report(out: Path) -> None:
-    """Say what a prepared folder holds, and what to do with it."""
+    """Say what a prepared folder holds."""
     manifest = read_json(out / "manifest.json")
     documents, tokens = manifest["documents"], manifest["tokens"]
     n_tokens, n_documents = (sum(of[split] for split in parts.SPLITS) for of in (tokens, documents))
@@ -155,5 +155,3 @@ def report(out: Path) -> None:
                 f"warning: no document fell into {split} at val_fraction = {manifest['val_fraction']}; "
                 f"delete {out} and run again with a {remedy} --val_fraction"
             )
-    train, val = out / "train", out / "val"
-    say(f"next: python train.py --run_name NAME --train_data_dir {train} --val_data_dir {val}")

@@ -53,9 +53,16 @@ class Files:
     download_bytes = 0
 
     def __init__(
-        self, paths: Sequence[str], text_column: str, *, in_order: bool = True, n_threads: int = 1
+        self,
+        paths: Sequence[str],
+        text_column: str,
+        *,
+        in_order: bool = True,
+        n_threads: int = 1,
+        key: str = "source",
     ) -> None:
-        found = find_files(paths)
+        """key: the flag that gives the paths, for messages."""
+        found = find_files(paths, key)
         with ThreadPoolExecutor(n_threads) as pool:  # hashing lets other threads run
             hashes = list(pool.map(hash_source, found.values()))
         sizes = [path.stat().st_size for path in found.values()]
@@ -84,7 +91,7 @@ class Files:
         """Told of each unit of this rank that is tokenised."""
 
 
-def find_files(paths: Sequence[str]) -> dict[str, Path]:
+def find_files(paths: Sequence[str], key: str = "source") -> dict[str, Path]:
     """Files that paths, folders and globs name, each once: name for the manifest -> path."""
     found: dict[str, Path] = {}
     for given in paths:
@@ -99,10 +106,10 @@ def find_files(paths: Sequence[str]) -> dict[str, Path]:
             names = {p: p.name for p in matches if p.is_file()}
             problem = f"does not exist; give files or folders of {READABLE}, or pydoc"
         if not names:
-            raise UserError(f"source = {given} {problem}")
+            raise UserError(f"{key} = {given} {problem}")
         for path, name in names.items():
             if not split_suffix(path)[0]:
-                raise UserError(f"source = {path} has none of the known endings; give {READABLE}")
+                raise UserError(f"{key} = {path} has none of the known endings; give {READABLE}")
             if path.resolve() in found.values():
                 continue
             while name in found:  # files of the same name from different folders

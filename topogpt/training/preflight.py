@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from topogpt.errors import UserError
+from topogpt.model.lora import check_peft, layers_to_adapt
 from topogpt.runs.folder import newest, read_state
 from topogpt.settings import TrainConfig
 from topogpt.text.loader import Corpus, open_corpus
@@ -34,6 +35,9 @@ def check(cfg: TrainConfig) -> Checked:
     """Raise UserError for what would stop the run later on; open the data."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_batch_size(cfg, world)
+    if cfg.lora_rank:
+        layers_to_adapt(cfg.model, cfg.lora_modules, cfg.lora_rank)
+        check_peft(cfg.lora_rank)
     train, val = (
         open_corpus(getattr(cfg, key), key=key, vocab_size=cfg.model.vocab_size, verify=rank == 0)
         for key in ("train_data_dir", "val_data_dir")
@@ -79,6 +83,10 @@ def check_run_folder(cfg: TrainConfig) -> None:
             f"overwrite: {run} is not the folder of a run (it has no config.yaml), so it is not deleted; "
             "choose another --run_name"
         )
+    if cfg.overwrite and cfg.init_from and Path(cfg.init_from).resolve().is_relative_to(run.resolve()):
+        raise UserError(
+            f"overwrite: {run} holds the weights of init_from = {cfg.init_from}; choose another --run_name"
+        )
     if not cfg.resume and not cfg.overwrite and run.exists():
         raise UserError(
             f"run_name = {cfg.run_name}: {run} exists; continue it with --resume, delete it with "
@@ -92,6 +100,7 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
         check_same_section(getattr(cfg, section), section, saved["config"][section])
     for key in ("seed", "batch_size"):
         refuse_change(key, saved["config"][key], getattr(cfg, key))
+    check_same_section(cfg, "", saved["config"], "lora_")
     for key, now in (("train_data_dir", train), ("val_data_dir", val)):
         if saved["data"][key] != now:
             raise UserError(
@@ -101,12 +110,13 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
             )
 
 
-def check_same_section(now: Any, section: str, saved: dict[str, Any]) -> None:
-    """A setting that was not there when the run was started had its default."""
+def check_same_section(now: Any, section: str, saved: dict[str, Any], start: str = "") -> None:
+    """A setting that was not there when the run was started had its default; start: of their names."""
     for f in dataclasses.fields(now):
-        was = saved.get(f.name, f.default)
-        was = tuple(was) if isinstance(was, list) else was  # as JSON has them
-        refuse_change(f"{section}.{f.name}", was, getattr(now, f.name))
+        if f.name.startswith(start):
+            was = saved.get(f.name, f.default)
+            was = tuple(was) if isinstance(was, list) else was  # as JSON has them
+            refuse_change(f"{section}.{f.name}".removeprefix("."), was, getattr(now, f.name))
 
 
 def refuse_change(key: str, was: Any, now: Any) -> None:

@@ -4,7 +4,9 @@ import time
 from pathlib import Path
 
 from topogpt.errors import UserError
+from topogpt.model import lora
 from topogpt.runs.state import TrainState
+from topogpt.settings import TrainConfig
 from topogpt.spatial.schedule import weight_at
 from topogpt.terminal import duration
 from topogpt.training.log import RunLog
@@ -21,6 +23,8 @@ def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
         f"model: {t.model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
         f"{len(t.objective.positions)} sheets of {h}x{w} units; spatial loss: {cfg.topo.loss}"
     )
+    if cfg.init_from:
+        log.say(f"starting from {cfg.init_from}; trained: {what_is_trained(cfg)}")
     if t.objective.of_weights and not t.objective.with_spatial and cfg.topo.layout != "c_fc":
         log.say(
             f"note: {cfg.topo.loss} acts on weights of {', '.join(cfg.topo.modules)}, not on these sheets; "
@@ -41,6 +45,15 @@ def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
     log.say(f"{f'resuming at step {state.step:,}' if state.step else 'starting'}; run folder: {run}")
     if state.step >= cfg.max_steps:
         log.say(f"nothing is left to train: max_steps = {cfg.max_steps}; give a larger --max_steps to go on")
+
+
+def what_is_trained(cfg: TrainConfig) -> str:
+    """In words: every weight, or how many of adapters."""
+    if not cfg.lora_rank:
+        return "every weight"
+    n = lora.n_adapter_parameters(cfg.model, cfg.lora_modules, cfg.lora_rank)
+    n_layers = len(lora.layers_to_adapt(cfg.model, cfg.lora_modules, cfg.lora_rank))
+    return f"{n:,} parameters of adapters, rank {cfg.lora_rank} in {n_layers} layers"
 
 
 class Clock:

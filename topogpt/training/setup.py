@@ -17,6 +17,7 @@ from topogpt.config import to_yaml
 from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.files import write_json, write_text
+from topogpt.model import lora
 from topogpt.model.gpt import GPT
 from topogpt.runs import checkpoint, folder, provenance
 from topogpt.runs.state import TrainState
@@ -60,13 +61,32 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Tr
             positions = imported.positions
     if resume_from:
         weights, positions = checkpoint.load_tensors(resume_from)
-        checkpoint.load_weights(model, weights)
+        base = resume_from.parents[1] / checkpoint.BASE_FILE
+        checkpoint.load_weights(model, checkpoint.read_tensors(base) if cfg.lora_rank else weights)
         state = TrainState(**folder.read_state(resume_from)["train_state"])
-    objective = Objective(model, cfg, positions, ranks).to(ranks.device)
+    objective = Objective(model, cfg, positions, ranks)
+    if cfg.lora_rank:
+        add_adapters(objective, cfg)
+        if resume_from:
+            checkpoint.load_adapters(model, resume_from, weights)
+    objective.to(ranks.device)
     optimizer = build_optimizer(model, cfg.optim)
     if resume_from:
         checkpoint.load_optimizer(optimizer, resume_from, ranks.device)
     return Training(cfg, ranks, model, objective, *wrap(cfg, ranks, objective), optimizer, state)
+
+
+def add_adapters(objective: Objective, cfg: TrainConfig) -> None:
+    """Freeze the model and give it adapters; each loss on weights must have one to act on."""
+    torch.manual_seed(rng.seed(cfg.seed, "adapters"))
+    lora.adapt(objective.model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_modules)
+    adapted = lora.layers_to_adapt(cfg.model, cfg.lora_modules, cfg.lora_rank)
+    for name, loss in objective.of_weights.items():
+        if not adapted.keys() & set(loss.layers):
+            raise UserError(
+                f"topo.loss = {name} acts on topo.modules = {' '.join(cfg.topo.modules)}, of which "
+                f"lora_modules = {' '.join(cfg.lora_modules)} adapts none; name them there, too"
+            )
 
 
 def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: Checked, state: TrainState) -> Path:

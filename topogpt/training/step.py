@@ -52,7 +52,7 @@ def add_losses_of_weights(t: Training, step: int) -> list[Tensor]:
 
     Every rank has the same weights, so each adds the same numbers after the reduction, past DDP's hooks.
     """
-    found, parameters = [], list(t.model.parameters())
+    found, parameters = [], [p for p in t.model.parameters() if p.requires_grad]
     for name in t.objective.of_weights:
         loss = weight_at(t.cfg.topo, step, t.cfg.max_steps, name) * (
             value := t.objective.loss_of_weights(name)
