@@ -10,7 +10,7 @@ evals/report.html inside the run. The file needs nothing but a browser: no netwo
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, make_dataclass
 from typing import Any, NamedTuple
 
 import evals
@@ -20,7 +20,7 @@ from evals.report.page import Image, Part
 from topogpt.analysis import section
 from topogpt.analysis.results import Result, kind_of, read
 from topogpt.analysis.section import Analysis
-from topogpt.analysis.subject import EvalConfig, Subject, load_subject
+from topogpt.analysis.subject import EvalConfig, Subject, load_subjects
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.files import write_text
@@ -68,10 +68,7 @@ def config_with(analyses: dict[str, Analysis]) -> type[ReportConfig]:
 def main(argv: list[str]) -> None:
     analyses = section.discover(evals)
     cfg = parse(config_with(analyses), argv, prog="python -m evals.report")
-    subjects: list[Subject] = []
-    for source in cfg.sources:
-        subjects.append(load_subject(cfg, source))
-        cfg = replace(cfg, layout=subjects[0].layout)  # the control is looked at on the model's sheets
+    subjects = load_subjects(cfg)
     check_matched(subjects)
     texts = reader.choose_texts(subjects, cfg.texts, cfg.budget, cfg.vocab_dir)
     models = [Model(*named, i) for i, named in enumerate(zip(cfg.sources, subjects, strict=True))]

@@ -368,12 +368,12 @@ def planted(n: int = 30) -> tuple[np.ndarray, np.ndarray]:
 def test_the_network_is_what_answers_to_sentences_and_nothing_else():
     cfg = LocalizeConfig(run="-")
     found = t_maps(cfg, *planted(), 0.0)
-    network = localize.chosen(cfg, found)
+    network = localize.chosen(found, cfg.top_percent)
     assert network[0, :3].all() and not network[0, 3:].any() and not network[1].any()
     assert (found.significant & (found.t < 0))[0, 5].all()
-    top = localize.chosen(LocalizeConfig(run="-", top_percent=10.0), found)
+    top = localize.chosen(found, 10.0)
     assert top.sum() == 7 and set(np.flatnonzero(top)) == set(np.argsort(-found.t, axis=None)[:7])
-    (region,) = localize.clusters_of(cfg, network)
+    (region,) = localize.clusters_of(network, cfg.smallest_cluster)
     assert region[0] == 0 and region[1].sum() == 18
 
 

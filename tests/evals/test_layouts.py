@@ -42,6 +42,7 @@ def test_other_sheets_of_a_model_lie_beside_its_own(runs, capsys):
     found = read(run / "evals" / "c_fc", "topography")
     assert found.sheets == ["layer.0.fc", "layer.1.fc"] and found.content["model"]["grid"] == [8, 8]
     assert found.content["protocol"]["layout"] == "c_fc"
+    assert read(run / "evals", "topography").content["protocol"]["layout"] is None
     assert "c_fc/topography.json" in capsys.readouterr().out
 
 

@@ -34,6 +34,7 @@ from topogpt import topo
 from topogpt.analysis import nulls, section
 from topogpt.analysis.results import read
 from topogpt.analysis.section import Number, Table
+from topogpt.analysis.subject import load_subject
 from topogpt.config import parse
 from topogpt.errors import UserError
 from topogpt.sharing import export
@@ -205,7 +206,7 @@ def test_provenance_says_what_repeats_the_report(written, runs):
 def shown(name: str, run: Path, *more: object) -> report.Shown:
     """What the report has of one analysis."""
     cfg = parse(ReportConfig, arguments([run], "--no_figures", *more))
-    model = report.Model(str(run), report.load_subject(cfg, str(run)))
+    model = report.Model(str(run), load_subject(cfg, str(run)))
     return report.shown(cfg, name, ANALYSES[name], [model])
 
 
@@ -284,9 +285,7 @@ def test_a_page_shows_no_picture_but_of_its_own_results(made):
     path.write_bytes(b"of other results")
     assert shown("topography", made.parent.parent).images == []
     cfg = parse(ReportConfig, arguments([made.parent.parent]))
-    subjects = [
-        report.load_subject(cfg, str(run)) for run in (made.parent.parent, made.parents[2] / "control")
-    ]
+    subjects = [load_subject(cfg, str(run)) for run in (made.parent.parent, made.parents[2] / "control")]
     models = [report.Model(str(s.results.parent), s, i) for i, s in enumerate(subjects)]
     images = report.shown(cfg, "topography", ANALYSES["topography"], models).images
     assert len(images) == 3 and path.read_bytes() == before == images[0].png
@@ -449,7 +448,7 @@ def test_embedded_activations_are_the_models(written, runs, text):
     assert len(data["texts"][0]["words"]) == 31 and len(data["texts"][1]["words"]) <= 31  # of 32 with EOT
     tokens = [words.encode(said)[: len(p["words"])] for p, said in zip(data["texts"], shown, strict=True)]
     for run, model in zip(runs, data["models"], strict=True):
-        subject = report.load_subject(parse(ReportConfig, arguments([run])), str(run))
+        subject = load_subject(parse(ReportConfig, arguments([run])), str(run))
         expected = np.concatenate([plain(subject, t.astype(int), [tokenizer.EOT]) for t in tokens])
         x = opened(model, expected.shape[1])
         assert model["label"] == subject.label and x["step"].max() < np.ptp(expected, axis=0).max() / 200
@@ -462,7 +461,7 @@ def test_embedded_activations_are_the_models(written, runs, text):
 def test_statistics_and_extremes_are_of_the_held_out_sample(written, runs):
     data = data_of(written)
     cfg = parse(ReportConfig, arguments(runs[:1]))
-    subject = report.load_subject(cfg, str(runs[0]))
+    subject = load_subject(cfg, str(runs[0]))
     found = reader.choose_texts([subject], (), cfg.budget, None)
     sample = np.concatenate([plain(subject, t, [tokenizer.EOT]) for t in found.sample])
     assert 350 < len(sample) <= 400 and data["sample"]["ends"][-1] == len(data["sample"]["words"]) == len(
@@ -494,9 +493,7 @@ def test_held_out_text_is_cut_at_documents_and_first_pieces_come_first(tmp_path,
     stream = np.concatenate([np.concatenate([[eot], d]) for d in documents])
     tiny.write_shard(tmp_path / "train" / "a.bin", stream)
     tiny.write_shard(tmp_path / "val" / "a.bin", stream)
-    subject = report.load_subject(
-        parse(ReportConfig, arguments([tiny.random_run(tmp_path)])), str(tmp_path / "run")
-    )
+    subject = load_subject(parse(ReportConfig, arguments([tiny.random_run(tmp_path)])), str(tmp_path / "run"))
     pieces = reader.held_out(subject, 100, 30, True)
     assert [p[0] for p in pieces] == [100, 500, 130]  # 300: too short; 160 and 530: shorter than SHORTEST
     assert [len(p) for p in pieces] == [30, 30, 30]

@@ -12,7 +12,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from topogpt.analysis import results
 from topogpt.analysis.results import Outcome, Result
-from topogpt.analysis.subject import EvalConfig, Subject, load_subject
+from topogpt.analysis.subject import EvalConfig, Subject, load_subjects
 from topogpt.config import parse
 from topogpt.errors import UserError
 from topogpt.terminal import print_table, say
@@ -139,9 +139,7 @@ class Analysis:
     def main(self, argv: list[str]) -> None:
         """For the model, then its control, analyse and save; print the tables; draw."""
         cfg, found = parse(self.config, argv, prog=f"python -m evals.{self.name}"), []
-        for source in cfg.sources:
-            subject = load_subject(cfg, source)
-            cfg = replace(cfg, layout=subject.layout)  # the control is looked at on the model's sheets
+        for subject in load_subjects(cfg):
             found.append(results.read(subject.results, self.save(cfg, subject)))
         show(self.section(found))
         say(f"numbers: {found[0].folder / found[0].content['analysis']}.json")

@@ -5,7 +5,7 @@ subject = load_subject(cfg, "out/topolm")       # or an exported folder, or USER
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -146,6 +146,13 @@ class Subject(NamedTuple):
         if isinstance(values, np.ndarray):
             values = dict(zip(self.sheets, values, strict=True))
         return np.stack([topo.on_grid(values[sheet], p) for sheet, p in self.positions.items()])
+
+
+def load_subjects(cfg: EvalConfig) -> list[Subject]:
+    """The model, and its control on the same sheets."""
+    model = load_subject(cfg, cfg.run)
+    on_the_same = replace(cfg, layout=model.layout)
+    return [model] if cfg.control is None else [model, load_subject(on_the_same, cfg.control)]
 
 
 def load_subject(cfg: EvalConfig, source: str) -> Subject:
