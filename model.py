@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 def show_parameters(cost: Cost) -> None:
     rows = [[p.name, p.per_layer, p.parameters, share(p.parameters, cost.n_parameters)] for p in cost.parts]
     rows += [["total", None, cost.n_parameters, "100.0 %"]]
-    rows += [["total without position embedding", None, cost.n_without_positions, None]]
+    rows += [["without what is only looked up", None, cost.n_multiplied, None]]
     print_table(["parameters", "per layer", "all layers", "share"], rows)
 
 
@@ -59,7 +59,7 @@ def show_flops(cost: Cost) -> None:
     print_table(["FLOPs per token", "forward", "training", "share"], rows)
     cfg = cost.cfg
     step = cfg.batch_size * cfg.model.block_size
-    say(f"as MFU counts them: 6N + 12 L C T = {mega(cost.palm_flops)} (PaLM, app. B; N without positions)")
+    say(f"as MFU counts them: 6N + 12 L C T = {mega(cost.palm_flops)} (PaLM, app. B; N: what is multiplied)")
     say("(2 a multiplication with its addition; attention in full, though causal masking leaves half of it)")
     say(
         f"a step of {step:,} tokens: {step * cost.training_flops:.2e} FLOPs; {cfg.max_steps:,} steps, "

@@ -26,6 +26,10 @@ class GPTConfig:
     gelu: Literal["exact", "tanh"] = "exact"  # GPT-2 has the tanh approximation, TopoLM the exact one
     post_residual: bool = False  # sheets show a branch's output after the residual addition, not before
     n_inner: int | None = None  # hidden units of each MLP; None: 4 * n_embd
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm has no parameters
+    position: Literal["learned", "rope"] = "learned"  # of a token: an embedding, or rotated queries and keys
+    tied: bool = True  # the output head is the token embedding, and no matrix of its own
+    scale_attention: bool = False  # attention writes 1 / sqrt(2 * n_layer) of itself into the stream
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
@@ -36,6 +40,11 @@ class GPTConfig:
             raise UserError(
                 f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
                 f"try --model.n_head {nearest}"
+            )
+        if self.position == "rope" and self.n_embd // self.n_head % 2:
+            raise UserError(
+                f"model.position = rope turns pairs of a head's units, and model.n_embd = {self.n_embd} with "
+                f"model.n_head = {self.n_head} gives each {self.n_embd // self.n_head}; choose an even number"
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout = {self.dropout} must be at least 0 and below 1")

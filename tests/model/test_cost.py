@@ -29,6 +29,9 @@ ODD = [
     GPTConfig(n_layer=3, n_head=2, n_embd=30, block_size=11, vocab_size=50257, bias=True),
     GPTConfig(n_layer=12, n_head=12, n_embd=768, bias=True),
     GPTConfig(n_layer=2, n_head=4, n_embd=3072, block_size=1),
+    GPTConfig(n_embd=768, n_head=12, norm="rmsnorm", position="rope", tied=False, scale_attention=True),
+    GPTConfig(n_layer=2, n_head=4, n_embd=64, bias=True, norm="rmsnorm"),
+    GPTConfig(n_layer=2, n_head=4, n_embd=64, tied=False),
 ]
 SMALL = GPTConfig(n_layer=3, n_head=4, n_embd=144, block_size=128, vocab_size=512)
 
@@ -47,7 +50,6 @@ def check_parameters(cost: Cost) -> None:
     built = on_meta(cost.cfg.model)
     assert {name: tuple(p.shape) for name, p in built.named_parameters()} == cost.shapes
     assert cost.n_parameters == built.n_parameters() == sum(part.parameters for part in cost.parts)
-    assert cost.n_without_positions == built.n_parameters(position_embedding=False)
     assert cost.palm_flops == built.flops_per_token()
     for part in cost.parts:
         if part.per_layer is not None:
@@ -66,7 +68,7 @@ def test_parameters_of_odd_shapes_are_those_of_their_models(cfg):
 
 def test_known_sizes():
     topolm = cost_of(GPTConfig(), topo=TopoConfig())
-    assert (topolm.n_parameters, topolm.n_without_positions) == (128_771_216, 127_968_400)
+    assert (topolm.n_parameters, topolm.n_multiplied) == (128_771_216, 127_968_400)
     assert (topolm.n_sheets, topolm.n_neighbourhoods, topolm.chosen) == (24, 400, (5, 81))
     nanogpt = cost_of(GPTConfig(n_head=12, n_embd=768, vocab_size=50257, bias=True))
     assert nanogpt.n_parameters == 124_439_808  # GPT-2 small, 124.4M

@@ -21,7 +21,7 @@ from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.model import lora
 from topogpt.model.gpt import GPT
-from topogpt.runs.checkpoint import BASE_FILE, load_run
+from topogpt.runs.checkpoint import BASE_FILE, load_run, load_weights
 from topogpt.settings import FinetuneConfig, GPTConfig
 from topogpt.sharing.export import export
 from topogpt.topography import load_topography
@@ -145,7 +145,7 @@ def test_merged_weights_compute_what_the_adapted_model_does(source, alpha):
         by_hand += alpha / RANK * torch.outer(b[:, i], a[i])
     torch.testing.assert_close(merged[f"{name}.weight"], by_hand)
     plain = GPT(t.cfg.model)
-    plain.load_state_dict(merged)
+    load_weights(plain, merged)
     tokens = torch.arange(32).view(2, 16)
     ours, theirs, before = (m.eval()(tokens).logits for m in (t.model, plain, load_run(source).model))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -230,7 +230,7 @@ def test_losses_on_weights_see_the_sum_and_move_the_adapters(source):
     loss = t.objective.loss_of_weights("toponets")
     loss.backward()
     plain = GPT(t.cfg.model)
-    plain.load_state_dict(lora.merge(t.model, *lora.split_weights(t.model)))
+    load_weights(plain, lora.merge(t.model, *lora.split_weights(t.model)))
     by_hand = t.objective.of_weights["toponets"](plain).mean()
     by_hand.backward()
     torch.testing.assert_close(loss, by_hand)

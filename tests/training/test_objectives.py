@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from topogpt.errors import UserError
-from topogpt.settings import TopoConfig
+from topogpt.runs.checkpoint import load_run
+from topogpt.settings import GPTConfig, TopoConfig
+from topogpt.sharing.load import initial
 from topogpt.spatial.schedule import share_at, weight_at
 from topogpt.topo import sheet_names
 from topogpt.training import setup
@@ -73,6 +75,28 @@ def test_other_sheets_are_trained_and_a_resumed_run_is_the_same(folder, layout, 
     assert list(last["moran_by_sheet"]) == sheet_names(1, layout)
     ours, theirs = (load_file(run / "last" / "model.safetensors") for run in runs)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("loss", ["topolm", "toponets"])
+def test_the_connectome_s_architecture_is_trained_and_resumed_bit_for_bit(folder, loss):
+    switches = {"norm": "rmsnorm", "position": "rope", "tied": False, "scale_attention": True}
+    whole = tiny.config(folder, f"whole rope {loss}", topo={"loss": loss, **SMALL}, model=switches)
+    train(whole)
+    cut = dataclasses.replace(whole, run_name=f"cut rope {loss}")
+    train(dataclasses.replace(cut, max_steps=9))
+    train(dataclasses.replace(cut, resume=True))
+    ours, theirs = (load_file(tiny.folder_of(cfg) / "last" / "model.safetensors") for cfg in (whole, cut))
+    assert {"lm_head.weight", "transformer.wte.weight"} <= ours.keys()
+    assert not any("wpe" in name or "ln_" in name for name in ours)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    run = load_run(tiny.folder_of(whole), "last")
+    assert torch.equal(run.model.lm_head.weight, ours["lm_head.weight"])
+    # and a run of that shape starts from it; one of another does not
+    assert initial(run.model.cfg, tiny.folder_of(whole)).cfg == run.model.cfg
+    for key, flag in (("tied", "no_tied"), ("norm", "norm rmsnorm"), ("position", "position rope")):
+        other = dataclasses.replace(run.model.cfg, **{key: getattr(GPTConfig(), key)})
+        with pytest.raises(UserError, match=f"give --model.{flag}"):
+            initial(other, tiny.folder_of(whole))
 
 
 def test_a_loss_on_weights_is_taken_once_a_step_and_an_evaluation(folder, monkeypatch):

@@ -32,16 +32,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 def weight_shapes(cfg: GPTConfig) -> Shapes:
     """Shape of every weight by its name, the tied head once, as transformer.wte.weight."""
-    c = cfg.n_embd
-    block = {"ln_1": (c,), "ln_2": (c,), "attn.c_attn": (3 * c, c), "attn.c_proj": (c, c)}
+    c, has_norms = cfg.n_embd, cfg.norm == "layernorm"
+    block = {"ln_1": (c,), "ln_2": (c,)} if has_norms else {}
+    block |= {"attn.c_attn": (3 * c, c), "attn.c_proj": (c, c)}
     block |= {"mlp.c_fc": (cfg.n_hidden, c), "mlp.c_proj": (c, cfg.n_hidden)}
     modules = {f"h.{i}.{name}": shape for i in range(cfg.n_layer) for name, shape in block.items()}
-    found: Shapes = {"wte.weight": (cfg.vocab_size, c), "wpe.weight": (cfg.block_size, c)}
-    for name, shape in (modules | {"ln_f": (c,)}).items():
+    found: Shapes = {"wte.weight": (cfg.vocab_size, c)}
+    if cfg.position == "learned":
+        found["wpe.weight"] = (cfg.block_size, c)
+    for name, shape in (modules | ({"ln_f": (c,)} if has_norms else {})).items():
         found[f"{name}.weight"] = shape
         if cfg.bias:
             found[f"{name}.bias"] = shape[:1]
-    return {f"transformer.{name}": shape for name, shape in found.items()}
+    found = {f"transformer.{name}": shape for name, shape in found.items()}
+    return found if cfg.tied else found | {"lm_head.weight": (cfg.vocab_size, c)}
 
 
 class Part(NamedTuple):
@@ -96,22 +100,31 @@ class Cost:
 
         attention, mlp, norms = count(".attn."), count(".mlp."), count(".ln_1.", ".ln_2.")
         scores = 4 * c * t  # every query with every key, and the values weighted by that: 2 C T each
-        return [
-            Part("token embedding, also the head", None, count(".wte."), 2 * c * m.vocab_size),
+        logits = 2 * c * m.vocab_size
+        head = [Part("token embedding, also the head", None, count(".wte."), logits)]
+        if not m.tied:
+            head = [
+                Part("token embedding", None, count(".wte."), 0),
+                Part("head", None, count("lm_head."), logits),
+            ]
+        rest = [
             Part("position embedding", None, count(".wpe."), 0),
             Part("attention", attention // n_layer, attention, n_layer * (2 * 4 * c * c + scores)),
             Part("MLP", mlp // n_layer, mlp, n_layer * 2 * 2 * c * m.n_hidden),
             Part("norms", norms // n_layer, norms, 0),
             Part("last norm", None, count(".ln_f."), 0),
         ]
+        return head + [part for part in rest if part.parameters]
 
     @cached_property
     def n_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
-    def n_without_positions(self) -> int:
-        return self.n_parameters - self.cfg.model.block_size * self.cfg.model.n_embd
+    def n_multiplied(self) -> int:
+        """Parameters without those that are looked up: positions, and an embedding that is not the head."""
+        looked_up = ["transformer.wpe.weight"] + ([] if self.cfg.model.tied else ["transformer.wte.weight"])
+        return self.n_parameters - sum(math.prod(self.shapes.get(name, (0,))) for name in looked_up)
 
     @property
     def forward_flops(self) -> int:
@@ -125,9 +138,9 @@ class Cost:
 
     @property
     def palm_flops(self) -> int:
-        """6N + 12 L C T (PaLM, appendix B), with N without the position embedding: what MFU is taken from."""
+        """6N + 12 L C T (PaLM, appendix B), with N without what is only looked up: what MFU is taken from."""
         m = self.cfg.model
-        return 6 * self.n_without_positions + 12 * m.n_layer * m.n_embd * m.block_size
+        return 6 * self.n_multiplied + 12 * m.n_layer * m.n_embd * m.block_size
 
     @property
     def spatial_flops(self) -> int:
@@ -215,7 +228,7 @@ class Cost:
             columns = self.n_sheets * 4 * self.columns * (n + self.n_units)
         return Memory(
             weights=self.n_parameters * (4 + 4 + ADAMW_BYTES),
-            casts=(self.n_without_positions - head) * narrow,
+            casts=(self.n_multiplied - head) * narrow,
             activations=n * self.kept_per_token,
             losses=max(logits + gradient + shown, columns + gradient + shown, columns + 2 * 4 * head),
         )

@@ -22,15 +22,16 @@ def generate(
     """Continue `tokens`; return (B, T + new) int64.
 
     Keys and values are cached while the text fits the context; beyond it each step sees the last
-    block_size tokens afresh. Temperature 0 is greedy. Only the first n_vocab tokens can be drawn: the
-    rest is padding. With `stop`, ends once every row has produced that token.
+    block_size tokens afresh with learned positions, and rotary ones go on. Temperature 0 is greedy. Only the
+    first n_vocab tokens can be drawn: the rest is padding. With `stop`, ends once every row has produced that
+    token.
     """
     was_training = model.training
     model.eval()
     cache = Cache(model.cfg.n_layer)
     stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        if tokens.shape[1] <= model.cfg.block_size:
+        if tokens.shape[1] <= model.cfg.block_size or model.cfg.position == "rope":
             out = model(tokens[:, cache.length :], cache=cache, last_only=True)
         else:
             out = model(tokens[:, -model.cfg.block_size :], last_only=True)

@@ -24,7 +24,7 @@ ADAPTER = "default"  # peft's name for the only adapter of a layer
 
 
 def linear_layers(cfg: GPTConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer but the head, which is the embedding; in the model's order."""
+    """(out, in) of every linear layer but the head; in the model's order."""
     c, hidden = cfg.n_embd, cfg.n_hidden
     shapes = {"attn.c_attn": (3 * c, c), "attn.c_proj": (c, c), "mlp.c_fc": (hidden, c)}
     shapes["mlp.c_proj"] = (c, hidden)
@@ -84,10 +84,13 @@ def is_adapted(model: "GPT") -> bool:
 def split_weights(model: "GPT") -> tuple[dict[str, "Tensor"], dict[str, "Tensor"]]:
     """On the CPU, the weights as they were before the adapters, under the usual names; and the adapters'.
 
-    The latter are called LAYER.lora_A.weight and LAYER.lora_B.weight; there are none in a plain model.
+    A tied head is left out. The latter are called LAYER.lora_A.weight and LAYER.lora_B.weight; there are none
+    in a plain model.
     """
     base, adapters = {}, {}
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.cfg.tied:
+            continue  # it is transformer.wte.weight
         plain = name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
         (adapters if ".lora_" in name else base)[plain] = tensor.detach().cpu().contiguous()
     return base, adapters

@@ -87,8 +87,6 @@ def write(
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors without the tied head: it is transformer.wte.weight."""
-    tensors = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
     save_file(tensors, path, metadata={"format": "pt"})
     permit(path)
 
@@ -133,7 +131,9 @@ def load_adapters(model: GPT, folder: Path, merged: dict[str, Tensor]) -> None:
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
-    model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    """Weights by name, without a tied head."""
+    head = {"lm_head.weight": weights["transformer.wte.weight"]} if model.cfg.tied else {}
+    model.load_state_dict(weights | head)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, device: torch.device) -> None:

@@ -23,6 +23,8 @@ from topogpt.settings import GPTConfig
 from topogpt.sharing.gpt2 import WTE, from_gpt2
 from topogpt.sharing.tokenizer_files import strict_json
 
+SHAPE = """n_layer n_head n_embd n_inner vocab_size bias gelu norm position tied scale_attention
+    block_size""".split()  # what a run must share with the model it starts from
 PADDING_FILE = "padding.safetensors"  # the rows that an export cuts off, so that coming back changes nothing
 ASKED_FILES = ["*.json", "*.safetensors", "merges.txt", "training_config.yaml"]
 
@@ -65,15 +67,20 @@ def initial(cfg: GPTConfig, path_or_name: str | Path) -> Imported:
     """
     loaded = load_model(path_or_name)
     there = loaded.model.cfg
-    for key in ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size", "bias", "gelu", "block_size"):
+    for key in SHAPE:
         has, wanted = (getattr(c, "n_hidden" if key == "n_inner" else key) for c in (there, cfg))
         if has != wanted and not (key == "block_size" and has > wanted):
             raise UserError(
                 f"init_from = {path_or_name} has {key} {has}, but model.{key} = {wanted}; give "
-                + (f"--model.{key} {has}" if key != "bias" else "--model.bias" if has else "--model.no_bias")
+                + (
+                    f"--model.{'' if has else 'no_'}{key}"
+                    if isinstance(has, bool)
+                    else f"--model.{key} {has}"
+                )
             )
     weights = {name: t.detach() for name, t in loaded.model.named_parameters()}
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.block_size].clone()
+    if cfg.position == "learned":
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.block_size].clone()
     return Imported(cfg, weights, loaded.positions)
 
 
