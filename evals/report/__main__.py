@@ -20,7 +20,7 @@ from evals.report.page import Image, Part
 from topogpt.analysis import section
 from topogpt.analysis.results import Result, kind_of, read
 from topogpt.analysis.section import Analysis
-from topogpt.analysis.subject import EvalConfig, Subject, load_subjects
+from topogpt.analysis.subject import ELSEWHERE, EvalConfig, Subject, load_subjects
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.files import write_text
@@ -143,7 +143,7 @@ def shown(cfg: ReportConfig, name: str, analysis: Analysis, models: Sequence[Mod
 def make_current(cfg: ReportConfig, name: str, analysis: Analysis, model: Model) -> list[str]:
     """Run an analysis if there is a reason to, and say the reason."""
     by_hand = analysis.by_hand or name != analysis.name
-    reason = why_run(cfg, name, model, redo=cfg.redo and cfg.runs(analysis) and not by_hand)
+    reason = why_run(cfg, name, analysis, model, redo=cfg.redo and cfg.runs(analysis) and not by_hand)
     if reason is None:
         return []
     command = f"python -m evals.{analysis.name} {shlex.quote(model.source)}"
@@ -162,7 +162,7 @@ def make_current(cfg: ReportConfig, name: str, analysis: Analysis, model: Model)
     return [f"{model.label}: analysed now, as {reason}."]
 
 
-def why_run(cfg: ReportConfig, name: str, model: Model, redo: bool) -> str | None:
+def why_run(cfg: ReportConfig, name: str, analysis: Analysis, model: Model, redo: bool) -> str | None:
     if not (model.subject.results / f"{name}.json").is_file():
         return "there were no results"
     if redo:
@@ -173,6 +173,9 @@ def why_run(cfg: ReportConfig, name: str, model: Model, redo: bool) -> str | Non
         return str(error)
     if content["model"]["weights_sha256"] != model.subject.weights_sha256:
         return f"the results were of other weights ({content['model']['checkpoint']})"
+    own = {f.name for f in fields(analysis.config)} - {f.name for f in fields(EvalConfig)}
+    if unsaid := sorted(own - content["protocol"].keys() - set(ELSEWHERE)):
+        return f"the results are of an older version, without {', '.join(unsaid)}"
     if content["model"]["sheets"] != model.subject.sheets:
         return f"the results were of other sheets ({content['model']['sheets'][0]}, ...)"
     if content["protocol"].get("positions") != cfg.positions:

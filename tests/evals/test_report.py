@@ -232,6 +232,10 @@ def test_results_that_are_there_are_not_made_again_but_stale_ones_are(alone):
     again = shown("topography", alone)
     assert "other weights (step-000001)" in again.done[0]
     assert again.found[0].content["model"]["weights_sha256"] != "0" * 64
+    content = json.loads(path.read_text())
+    del content["protocol"]["n_maps"]
+    path.write_text(json.dumps(content))
+    assert "of an older version, without n_maps" in shown("topography", alone).done[0]
     path.write_text("{")
     assert "topography.json cannot be read" in shown("topography", alone).done[0]
 
