@@ -125,12 +125,17 @@ class TopoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule; the defaults are TopoLM's."""
+    """The optimiser and its schedule; the defaults are TopoLM's."""
 
+    name: Literal["adamw", "muon"] = "adamw"  # muon: of the blocks' matrices; AdamW of all others
+    muon_lr: float | None = None  # peak learning rate of Muon's matrices; None: lr
+    muon_momentum: float = 0.95  # of Muon
+    schedule: Literal["cosine", "trapezoid"] = "cosine"  # after the warm-up; trapezoid: hold, then go down
+    warmdown_steps: int = 0  # of trapezoid: linear from lr to min_lr at decay_steps
     lr: float = 6e-4  # peak learning rate
     min_lr: float = 6e-5  # learning rate from decay_steps on
     warmup_steps: int = 2000  # linear warm-up
-    decay_steps: int | None = 600_000  # the cosine reaches min_lr here; None = at max_steps
+    decay_steps: int | None = 600_000  # the schedule reaches min_lr here; None = at max_steps
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     weight_decay: float = 0.1  # on matrices and embeddings, not on norms
@@ -146,7 +151,27 @@ class OptimConfig:
                     f"optim.decay_steps = {self.decay_steps} is below optim.warmup_steps = "
                     f"{self.warmup_steps}; the cosine lies between them"
                 )
-        for name in ("beta1", "beta2"):
+            if self.warmdown_steps > self.decay_steps - self.warmup_steps:
+                raise UserError(
+                    f"optim.warmdown_steps = {self.warmdown_steps} are more than lie between warmup_steps = "
+                    f"{self.warmup_steps} and decay_steps = {self.decay_steps}; give fewer"
+                )
+        check_at_least("optim.warmdown_steps", self.warmdown_steps, 0)
+        if (self.schedule == "trapezoid") != (self.warmdown_steps > 0):
+            raise UserError(
+                f"optim.schedule = {self.schedule} with optim.warmdown_steps = {self.warmdown_steps}: "
+                "trapezoid goes down in that many steps, cosine in none; give --optim.schedule trapezoid and "
+                "--optim.warmdown_steps N, or neither"
+            )
+        if self.name != "muon" and (self.muon_lr, self.muon_momentum) != (None, OptimConfig.muon_momentum):
+            raise UserError("optim.muon_lr and muon_momentum have no effect without --optim.name muon")
+        if self.muon_lr is not None and not 0 < self.muon_lr < float("inf"):
+            raise UserError(f"optim.muon_lr = {self.muon_lr} must be above 0")
+        if self.muon_lr is not None and self.lr == 0:
+            raise UserError(
+                "optim.lr = 0 gives optim.muon_lr no schedule, which is its share of lr; give both"
+            )
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
         if self.min_lr > self.lr:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from topogpt.errors import UserError
 from topogpt.runs.checkpoint import load_run
-from topogpt.settings import GPTConfig, TopoConfig
+from topogpt.settings import GPTConfig, OptimConfig, TopoConfig
 from topogpt.sharing.load import initial
 from topogpt.spatial.schedule import share_at, weight_at
 from topogpt.topo import sheet_names
@@ -97,6 +97,26 @@ def test_the_connectome_s_architecture_is_trained_and_resumed_bit_for_bit(folder
         other = dataclasses.replace(run.model.cfg, **{key: getattr(GPTConfig(), key)})
         with pytest.raises(UserError, match=f"give --model.{flag}"):
             initial(other, tiny.folder_of(whole))
+
+
+def test_muon_is_resumed_bit_for_bit_and_not_exchanged(folder):
+    optim = {"name": "muon", "schedule": "trapezoid", "warmdown_steps": 8, "muon_lr": 0.004}
+    whole = tiny.config(folder, "whole muon", topo={"loss": "topolm+wiring"}, optim=optim)
+    train(whole)
+    cut = dataclasses.replace(whole, run_name="cut muon")
+    train(dataclasses.replace(cut, max_steps=9))
+    adamw = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=4, decay_steps=18)
+    with pytest.raises(UserError, match="resume: optim.name = adamw, but the run was started with muon"):
+        train(dataclasses.replace(cut, resume=True, optim=adamw))
+    train(dataclasses.replace(cut, resume=True))
+    ours, theirs = (load_file(tiny.folder_of(cfg) / "last" / "model.safetensors") for cfg in (whole, cut))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    states = [
+        torch.load(tiny.folder_of(cfg) / "last" / "optimizer.pt", weights_only=True)["state"]
+        for cfg in (whole, cut)
+    ]
+    ours, theirs = (state[0][0]["momentum_buffer"] for state in states)
+    assert torch.equal(ours, theirs) and ours.any()
 
 
 def test_a_loss_on_weights_is_taken_once_a_step_and_an_evaluation(folder, monkeypatch):

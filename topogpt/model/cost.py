@@ -127,6 +127,12 @@ class Cost:
         return self.n_parameters - sum(math.prod(self.shapes.get(name, (0,))) for name in looked_up)
 
     @property
+    def moments(self) -> int:
+        """Bytes of the optimiser's moments: two a parameter, and one for Muon's matrices."""
+        of_blocks = sum(math.prod(s) for name, s in self.shapes.items() if ".h." in name and len(s) == 2)
+        return ADAMW_BYTES * self.n_parameters - (4 * of_blocks if self.cfg.optim.name == "muon" else 0)
+
+    @property
     def forward_flops(self) -> int:
         """Of the matrix products, per token."""
         return sum(part.flops for part in self.parts)
@@ -227,7 +233,7 @@ class Cost:
         if "topolm" in self.cfg.topo.objectives:
             columns = self.n_sheets * 4 * self.columns * (n + self.n_units)
         return Memory(
-            weights=self.n_parameters * (4 + 4 + ADAMW_BYTES),
+            weights=self.n_parameters * (4 + 4) + self.moments,
             casts=(self.n_multiplied - head) * narrow,
             activations=n * self.kept_per_token,
             losses=max(logits + gradient + shown, columns + gradient + shown, columns + 2 * 4 * head),
@@ -240,7 +246,7 @@ class Cost:
         """Bytes of model.safetensors and optimizer.pt of a checkpoint."""
         tensors = {name: ("float32", shape) for name, shape in self.shapes.items()}
         tensors |= {topography.PREFIX + name: ("int16", shape) for name, shape in self.positions.items()}
-        moments = self.n_parameters * ADAMW_BYTES + len(self.shapes) * PER_PARAMETER_IN_PT + PER_PT
+        moments = self.moments + len(self.shapes) * PER_PARAMETER_IN_PT + PER_PT
         return {"model.safetensors": safetensors_size(tensors, {"format": "pt"}), "optimizer.pt": moments}
 
     @property

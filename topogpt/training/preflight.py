@@ -101,6 +101,7 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
     for key in ("seed", "batch_size"):
         refuse_change(key, saved["config"][key], getattr(cfg, key))
     check_same_section(cfg, "", saved["config"], "lora_")
+    check_same_section(cfg.optim, "optim", saved["config"]["optim"], "name")
     for key, now in (("train_data_dir", train), ("val_data_dir", val)):
         if saved["data"][key] != now:
             raise UserError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from topogpt import rng
 from topogpt.spatial.schedule import weight_at
 from topogpt.text.loader import MicroBatch
-from topogpt.training.optim import lr_at
+from topogpt.training.optim import lr_at, set_lr
 from topogpt.training.setup import Training
 
 
@@ -27,8 +27,7 @@ def optimizer_step(t: Training, step: int, batches: Sequence[MicroBatch]) -> Ste
     """Take optimiser step number `step` on this rank's micro-batches of it."""
     cfg = t.cfg
     weight = weight_at(cfg.topo, step, cfg.max_steps)
-    for group in t.optimizer.param_groups:
-        group["lr"] = lr_at(cfg.optim, step, cfg.max_steps)
+    set_lr(t.optimizer, lr_at(cfg.optim, step, cfg.max_steps))
     losses = torch.zeros(2, device=t.ranks.device)
     for i, batch in enumerate(batches):
         chosen = t.objective.choose(cfg.seed, step, batch.index)
