@@ -124,10 +124,10 @@ def exported_source(path: Path) -> tuple[GPTConfig, TopoConfig | None]:
     """Of an exported folder or a repository of the Hub; None where it records no sheets."""
     import yaml
 
-    from topogpt.sharing.load import find_folder, load_gpt2_folder
+    from topogpt.sharing.load import find_folder, load_folder
 
     exported = find_folder(path)
-    model, record = load_gpt2_folder(exported).cfg, exported / "training_config.yaml"
+    model, record = load_folder(exported).cfg, exported / "training_config.yaml"
     if not record.is_file():
         return model, None
     try:

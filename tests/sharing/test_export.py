@@ -93,7 +93,7 @@ def test_every_flavour_passes_the_proof_and_comes_back_the_same(tmp_path, model)
     lines = []
     folder = export.export(run, say=lines.append)
     assert "the logits of" in lines[0]
-    cfg, weights, _ = hf_import.load_gpt2_folder(folder)
+    cfg, weights, _ = hf_import.load_folder(folder)
     assert cfg == checkpoint.load_run(run).model.cfg
     ours = dict(checkpoint.load_run(run).model.named_parameters())
     assert weights.keys() == ours.keys() and all(torch.equal(weights[n], ours[n]) for n in ours)
@@ -121,7 +121,7 @@ def test_logits_and_sheets_are_ours(run, folder):
 def test_other_sheets_are_exported_and_come_back(tmp_path, layout):
     run = tiny.random_run(tmp_path, vocab_size=64, topo={"layout": layout, "radius": 2})
     folder, tokens = export.export(run), some_tokens(64)
-    loaded, back = checkpoint.load_run(run), hf_import.load_gpt2_folder(folder)
+    loaded, back = checkpoint.load_run(run), hf_import.load_folder(folder)
     assert list(back.positions) == list(loaded.positions) == sheet_names(2, layout)
     assert all(np.array_equal(back.positions[name], p) for name, p in loaded.positions.items())
     said = json.loads((folder / "topography.json").read_text())
@@ -156,7 +156,7 @@ def test_a_post_residual_model_says_where_its_sheets_are(tmp_path):
     for sheet, found in shown.items():
         found = found[0] if isinstance(found, tuple) else found
         assert (found - ours[sheet]).abs().max() < 1e-4, sheet
-    assert hf_import.load_gpt2_folder(folder).cfg.post_residual
+    assert hf_import.load_folder(folder).cfg.post_residual
 
 
 def test_what_lies_in_the_folder(run, folder):
@@ -364,7 +364,7 @@ def stock_model(folder: Path, bias: bool = False, **settings) -> "transformers.G
 @pytest.mark.parametrize("bias, gelu", [(False, "gelu"), (True, "gelu"), (True, "gelu_new")])
 def test_a_stock_gpt2_loads_and_computes_the_same(tmp_path, bias, gelu):
     stock, tokens = stock_model(tmp_path, bias=bias, activation_function=gelu), some_tokens(shape=(2, 32))
-    cfg, weights, positions = hf_import.load_gpt2_folder(tmp_path)
+    cfg, weights, positions = hf_import.load_folder(tmp_path)
     assert (cfg.bias, cfg.gelu) == (bias, "exact" if gelu == "gelu" else "tanh")
     assert (cfg.vocab_size, cfg.block_size, cfg.dropout, positions) == (FULL, 32, 0.1, None)
     ours = hf_import.load_model(tmp_path).model
@@ -377,7 +377,7 @@ def test_a_stock_gpt2_loads_and_computes_the_same(tmp_path, bias, gelu):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "model.safetensors")
-    assert hf_import.load_gpt2_folder(tmp_path).weights.keys() == weights.keys()
+    assert hf_import.load_folder(tmp_path).weights.keys() == weights.keys()
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_stock_gpt2_loads_and_computes_the_same(tmp_path, bias, gelu):
 def test_what_our_model_does_not_compute_is_refused(tmp_path, settings, message):
     stock_model(tmp_path, **settings)
     with pytest.raises(UserError, match=message):
-        hf_import.load_gpt2_folder(tmp_path)
+        hf_import.load_folder(tmp_path)
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -445,7 +445,7 @@ SPOIL = {
 def test_a_spoilt_folder_is_refused_in_one_line(copy, message):
     SPOIL[message](copy)
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        hf_import.load_gpt2_folder(copy)
+        hf_import.load_folder(copy)
     assert "\n" not in str(error.value)
 
 

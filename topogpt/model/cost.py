@@ -48,6 +48,26 @@ def weight_shapes(cfg: GPTConfig) -> Shapes:
     return found if cfg.tied else found | {"lm_head.weight": (cfg.vocab_size, c)}
 
 
+def stock_shapes(cfg: GPTConfig) -> Shapes:
+    """Shape of every weight of an exported model: GPT-2 has biases everywhere, Arcee weights of norms."""
+    if cfg.position == "learned":
+        return weight_shapes(replace(cfg, bias=True))
+    c, n = cfg.n_embd, cfg.n_hidden
+    block = {f"self_attn.{part}_proj": (c, c) for part in "qkvo"}
+    block |= {"mlp.up_proj": (n, c), "mlp.down_proj": (c, n)}
+    found: Shapes = {"model.embed_tokens.weight": (cfg.vocab_size, c), "model.norm.weight": (c,)}
+    if not cfg.tied:
+        found["lm_head.weight"] = (cfg.vocab_size, c)
+    for i in range(cfg.n_layer):
+        at = f"model.layers.{i}"
+        for name, shape in block.items():
+            found[f"{at}.{name}.weight"] = shape
+            if cfg.bias:
+                found[f"{at}.{name}.bias"] = shape[:1]
+        found |= {f"{at}.{name}_layernorm.weight": (c,) for name in ("input", "post_attention")}
+    return found
+
+
 class Part(NamedTuple):
     """Parameters of one kind of part; FLOPs a token of its forward pass."""
 
@@ -255,14 +275,13 @@ class Cost:
         return {sheet: (self.n_units, 2) for sheet in names}
 
     def export_files(self, dtype: str = "float32") -> dict[str, int]:
-        """Bytes of the tensors of an exported folder; its biases are always there, its padding rows apart."""
-        m = self.cfg.model
-        wte, n_vocab = "transformer.wte.weight", m.n_vocab
-        stored = weight_shapes(replace(m, bias=True)) | {wte: (n_vocab, m.n_embd)}
-        pt = {"format": "pt"}
+        """Bytes of the tensors of an exported folder, its padding rows apart."""
+        m, pt = self.cfg.model, {"format": "pt"}
+        stored = stock_shapes(replace(m, vocab_size=m.n_vocab))
         found = {"model.safetensors": safetensors_size({k: (dtype, v) for k, v in stored.items()}, pt)}
-        if n_vocab < m.vocab_size:
-            padding = {wte: (dtype, (m.vocab_size - n_vocab, m.n_embd))}
+        if m.n_vocab < m.vocab_size:
+            padded = (name for name, shape in stored.items() if shape == (m.n_vocab, m.n_embd))
+            padding = {name: (dtype, (m.vocab_size - m.n_vocab, m.n_embd)) for name in padded}
             found["padding.safetensors"] = safetensors_size(padding, pt)
         sheets = {name: ("int32", shape) for name, shape in self.positions.items()}
         found["topography.safetensors"] = safetensors_size(sheets, {"format": topography.FORMAT})

@@ -36,33 +36,36 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
     """Text of README.md for a checkpoint, from card.md.jinja."""
     import jinja2
 
-    state = loaded.state
+    from topogpt.sharing import stock
+
+    state, kind = loaded.state, stock.of_model(loaded.model.cfg)
     cfg, step = state["config"], state["train_state"]["step"]
-    model, compressed = cfg["model"], state.get("compressed")
+    model, compressed = loaded.model.cfg, state.get("compressed")
     value, evaluations = (None, []) if compressed else (validation_at(run, step), read_evaluations(run))
     data = data_of(cfg, state.get("data", {}))
     name = repo_id.rpartition("/")[2] if repo_id else cfg["run_name"]
     h, w = topo.grid_of(next(iter(loaded.positions.values())))
-    layer = model["n_layer"] // 2  # which the card's code looks at
+    layer = model.n_layer // 2  # which the card's code looks at
     *_, sheet = (name for name in loaded.positions if name.startswith((topo.ONE_SHEET, f"layer.{layer}.")))
-    n_vocab = min(model["vocab_size"], N_VOCAB)
+    n_vocab = model.n_vocab
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
     words = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
     return words.get_template("card.md.jinja").render(
-        front_matter=front_matter(name, data, value), name=name, repo_id=repo_id, has_picture=has_picture,
+        front_matter=front_matter(name, data, value, kind.MODEL_TYPE), name=name,
+        kind=kind, places=kind.PLACES, repo_id=repo_id, has_picture=has_picture,
         cfg=cfg, model=model, sheets=cfg["topo"], losses=losses_in_words(cfg["topo"]), h=h, w=w,
-        n_sheets=len(loaded.positions), layout=topo.layout_of(loaded.positions, model["n_layer"]),
+        n_sheets=len(loaded.positions), layout=topo.layout_of(loaded.positions, model.n_layer),
         layer=layer, sheet=sheet,
-        gpt2_words=model["vocab_size"] >= N_VOCAB, N_VOCAB=N_VOCAB, dtype=dtype,
+        gpt2_words=model.vocab_size >= N_VOCAB, N_VOCAB=N_VOCAB, dtype=dtype,
         n_parameters=loaded.model.n_parameters(), data=data, step=step,
-        tokens=step * cfg["batch_size"] * model["block_size"],
+        tokens=step * cfg["batch_size"] * model.block_size,
         value=value, evaluations=evaluations, compressed=compressed, n_vocab=n_vocab, blind=math.log(n_vocab),
         perplexity=perplexity(value["cross_entropy"]) if value else None,
         floor=noise_floor(h, w), N_NOISE=N_NOISE, starts=read_starts(run), thousands="{:,}".format,
     )  # fmt: skip
 
 
-def front_matter(name: str, data: Data, value: dict[str, Any] | None) -> str:
+def front_matter(name: str, data: Data, value: dict[str, Any] | None, model_type: str) -> str:
     """The YAML that the Hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -81,7 +84,7 @@ def front_matter(name: str, data: Data, value: dict[str, Any] | None) -> str:
         ]
     said = {"language": "en" if data.repo in LICENCES else None, "license": "unknown"}
     said |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    said |= {"tags": ["gpt2", "topography", "cortex", "topogpt"]}
+    said |= {"tags": [model_type, "topography", "cortex", "topogpt"]}
     said |= {"datasets": [data.repo] if data.repo else None}
     said |= {"model_name": name, "eval_results": results} if results else {}
     return ModelCardData(**said).to_yaml()

@@ -2,9 +2,9 @@
 
     export("out/topolm")            # -> out/topolm/hf, with its proof or a UserError
 
-The folder is a GPT2LMHeadModel (no remote code) with its tokenizer, the positions of its units and a model
-card. Before it gets its name it is loaded with transformers, and its logits, its greedy text and its tokens
-are compared with ours.
+The folder is a GPT2LMHeadModel, or an ArceeForCausalLM if positions are rotary (no remote code), with its
+tokenizer, the positions of its units and a model card. Before it gets its name it is loaded with transformers,
+and its logits, its greedy text and its tokens are compared with ours.
 """
 
 import shutil
@@ -57,13 +57,12 @@ def write_folder(
     say: Any = print,
 ) -> Path:
     """Export what was loaded from a run, or made from that: its model is on the CPU."""
-    from topogpt.sharing import proof
-    from topogpt.sharing.gpt2 import check_expressible
+    from topogpt.sharing import proof, stock
     from topogpt.sharing.tokenizer_files import write_tokenizer
     from topogpt.text import tokenizer
 
     check_replaceable(target)
-    check_expressible(loaded.model.cfg)
+    stock.of_model(loaded.model.cfg)  # or it is refused
     words = tokenizer.load(vocab_dir) if loaded.model.cfg.vocab_size >= N_VOCAB else None
     part = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
@@ -114,14 +113,14 @@ def put_in_place(part: Path, target: Path) -> None:
 
 
 def write_weights(folder: Path, model: "GPT", dtype: str) -> None:
-    """model.safetensors as GPT2LMHeadModel has it, and the padding rows beside it; rounds `model`, too."""
+    """model.safetensors as the stock class has it, and the padding rows beside it; rounds `model`, too."""
     from safetensors.torch import save_file
 
-    from topogpt.sharing.gpt2 import WTE, to_gpt2
     from topogpt.sharing.load import PADDING_FILE
+    from topogpt.sharing.stock import to_stock
 
-    tensors, padding = to_gpt2(model, dtype)
-    files = {"model.safetensors": tensors} | ({PADDING_FILE: {WTE: padding}} if len(padding) else {})
+    tensors, padding = to_stock(model, dtype)
+    files = {"model.safetensors": tensors} | ({PADDING_FILE: padding} if padding else {})
     for name, content in files.items():
         save_file(content, folder / name, metadata={"format": "pt"})
         permit(folder / name)
@@ -129,25 +128,26 @@ def write_weights(folder: Path, model: "GPT", dtype: str) -> None:
 
 def write_config(folder: Path, loaded: "LoadedRun", dtype: str) -> None:
     """config.json, with what is said of the sheets under a key of its own."""
-    from topogpt.sharing.gpt2 import to_gpt2_config
+    from topogpt.sharing.stock import to_config
 
-    cfg, sheets = loaded.model.cfg, loaded.state["config"]["topo"]
+    said, sheets = to_config(loaded.model.cfg, dtype), loaded.state["config"]["topo"]
     grid = topo.grid_of(next(iter(loaded.positions.values())))
     facts = {
         "format": topography.FORMAT, "file": "topography.safetensors",
         "grid": list(grid), "unit_distance_mm": 1.0, "positions": sheets["positions"],
         "seed": sheets["seed"], "loss": sheets["loss"],
-        "weight": sheets["weight"] if "topolm" in sheets["loss"] else 0.0, "post_residual": cfg.post_residual,
+        "weight": sheets["weight"] if "topolm" in sheets["loss"] else 0.0, **said["topography"],
         "step": loaded.state["train_state"]["step"],
     }  # fmt: skip
-    write_json(folder / "config.json", to_gpt2_config(cfg, dtype) | {"topography": facts}, indent=2)
+    write_json(folder / "config.json", said | {"topography": facts}, indent=2)
 
 
 def write_topography(folder: Path, loaded: "LoadedRun") -> None:
-    from topogpt.sharing.gpt2 import shown_by
+    from topogpt.sharing.stock import of_model
 
     sheets = loaded.state["config"]["topo"]
-    shown = shown_by(loaded.model.cfg, loaded.positions)
+    cfg = loaded.model.cfg
+    shown = of_model(cfg).PLACES.shown_by(cfg, loaded.positions)
     facts = {"shown_by": shown, "step": loaded.state["train_state"]["step"]}
     place = {"kind": sheets["positions"], "seed": sheets["seed"]}
     topography.save_topography(folder, loaded.positions, **place, **facts)

@@ -1,6 +1,6 @@
-"""Read models back: a GPT-2 style folder as weights of ours, and any run, folder or Hub name as a model.
+"""Read models back: a folder of a stock class as weights of ours, and any run, folder or Hub name as a model.
 
-cfg, weights, positions = load_gpt2_folder("out/topolm/hf")    # or a repository of the Hub, USER/NAME
+cfg, weights, positions = load_folder("out/topolm/hf")    # or a repository of the Hub, USER/NAME
 model = load_model("out/topolm").model                         # a run, an exported folder or USER/NAME
 cfg, weights, positions = initial(cfg.model, "out/topolm/hf")  # to start a run of this shape from it
 """
@@ -20,7 +20,7 @@ from topogpt.errors import UserError
 from topogpt.model.gpt import GPT
 from topogpt.runs.checkpoint import load_run, load_weights
 from topogpt.settings import GPTConfig
-from topogpt.sharing.gpt2 import WTE, from_gpt2
+from topogpt.sharing.stock import from_stock
 from topogpt.sharing.tokenizer_files import strict_json
 
 SHAPE = """n_layer n_head n_embd n_inner vocab_size bias gelu norm position tied scale_attention
@@ -53,7 +53,7 @@ def load_model(
         run = load_run(path, checkpoint, device)
         return LoadedModel(run.model, run.positions, run.folder)
     folder = find_folder(path_or_name, checkpoint if checkpoint.startswith("step-") else None)
-    cfg, weights, positions = load_gpt2_folder(folder)
+    cfg, weights, positions = load_folder(folder)
     model = GPT(cfg)
     load_weights(model, weights)
     return LoadedModel(model.to(device).eval(), positions, folder)
@@ -84,12 +84,12 @@ def initial(cfg: GPTConfig, path_or_name: str | Path) -> Imported:
     return Imported(cfg, weights, loaded.positions)
 
 
-def load_gpt2_folder(path_or_repo: str | Path) -> Imported:
-    """Weights and shape of a GPT-2 style folder or repository, in our names, and its positions if any."""
+def load_folder(path_or_repo: str | Path) -> Imported:
+    """Weights and shape of a folder or repository (GPT-2, Arcee), in our names, and its positions if any."""
     folder = find_folder(path_or_repo)
     kept = folder / PADDING_FILE
-    padding = read_file(kept)[WTE] if kept.is_file() else None
-    cfg, weights = from_gpt2(folder, strict_json(folder / "config.json"), read_tensors(folder), padding)
+    padding = read_file(kept) if kept.is_file() else None
+    cfg, weights = from_stock(folder, strict_json(folder / "config.json"), read_tensors(folder), padding)
     return Imported(cfg, weights, read_positions(folder, cfg))
 
 

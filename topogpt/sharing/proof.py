@@ -79,7 +79,8 @@ def load_theirs(folder: Path) -> Any:
             f"transformers cannot load the exported model: {reason}; nothing was exported"
         ) from None
     wrong = {key: sorted(map(str, info.get(key, ()))) for key in ("unexpected_keys", "mismatched_keys")}
-    wrong["missing_keys"] = sorted(set(info["missing_keys"]) - {"lm_head.weight"})
+    tied = {"lm_head.weight"} if theirs.config.tie_word_embeddings else set()
+    wrong["missing_keys"] = sorted(set(info["missing_keys"]) - tied)
     for key, names in wrong.items():
         if names:
             raise UserError(
