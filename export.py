@@ -7,8 +7,8 @@
     python export.py out/topolm/hf --push_to_hf USER/NAME        # push, or complete a push, later
 
 The folder is a GPT2LMHeadModel, or an ArceeForCausalLM if positions are rotary (no remote code), with its
-tokenizer, the positions of its units and a model card. Before it gets its name it is loaded with transformers,
-and its logits, its greedy text and its tokens are compared with ours.
+tokenizer, the positions of its units and a model card. Before it gets its name it is loaded with
+transformers, and its logits, its greedy text and its tokens are compared with ours.
 """
 
 from dataclasses import fields

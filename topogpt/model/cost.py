@@ -280,8 +280,8 @@ class Cost:
         stored = stock_shapes(replace(m, vocab_size=m.n_vocab))
         found = {"model.safetensors": safetensors_size({k: (dtype, v) for k, v in stored.items()}, pt)}
         if m.n_vocab < m.vocab_size:
-            padded = (name for name, shape in stored.items() if shape == (m.n_vocab, m.n_embd))
-            padding = {name: (dtype, (m.vocab_size - m.n_vocab, m.n_embd)) for name in padded}
+            rows = (dtype, (m.vocab_size - m.n_vocab, m.n_embd))
+            padding = {k: rows for k in stored if k.endswith(("wte.weight", "tokens.weight", "head.weight"))}
             found["padding.safetensors"] = safetensors_size(padding, pt)
         sheets = {name: ("int32", shape) for name, shape in self.positions.items()}
         found["topography.safetensors"] = safetensors_size(sheets, {"format": topography.FORMAT})

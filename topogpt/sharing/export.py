@@ -3,8 +3,8 @@
     export("out/topolm")            # -> out/topolm/hf, with its proof or a UserError
 
 The folder is a GPT2LMHeadModel, or an ArceeForCausalLM if positions are rotary (no remote code), with its
-tokenizer, the positions of its units and a model card. Before it gets its name it is loaded with transformers,
-and its logits, its greedy text and its tokens are compared with ours.
+tokenizer, the positions of its units and a model card. Before it gets its name it is loaded with
+transformers, and its logits, its greedy text and its tokens are compared with ours.
 """
 
 import shutil
