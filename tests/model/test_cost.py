@@ -202,6 +202,17 @@ def test_size_of_an_export(checkpoint, dtype, tmp_path):
     assert "padding.safetensors" in written
 
 
+@pytest.mark.parametrize("model", [{"tied": False, "n_inner": 24}, {"tied": True, "bias": True}])
+def test_size_of_an_export_with_rotary_positions(model, tmp_path):
+    from topogpt.runs.checkpoint import load_run
+
+    loaded = load_run(tiny.random_run(tmp_path, norm="rmsnorm", position="rope", **model))
+    write_weights(tmp_path, loaded.model, "float32")
+    expected = cost_of(loaded.model.cfg).export_files("float32")
+    for name in ("model.safetensors", "padding.safetensors"):
+        assert (tmp_path / name).stat().st_size == expected[name], name
+
+
 def test_size_of_the_tokenizers_files(gpt2, tmp_path):
     from topogpt.sharing.tokenizer_files import write_tokenizer
 

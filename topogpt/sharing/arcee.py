@@ -91,14 +91,12 @@ def fold(cfg: GPTConfig, weight: Tensor) -> Tensor:
 
 
 def unfold(cfg: GPTConfig, folded: Tensor) -> Tensor:
-    """A weight that `fold` makes this of: the nearest, or a neighbour of that, as rounding may skip it."""
-    nearest = (folded.double() / (2 * cfg.n_layer) ** -0.5).float()
-    found = nearest
-    for end in (-torch.inf, torch.inf):
-        beside = torch.nextafter(nearest, torch.full_like(nearest, end))
-        better = (fold(cfg, found) != folded) & (fold(cfg, beside) == folded)
-        found = torch.where(better, beside, found)
-    return found
+    """A weight that `fold` makes this of.
+
+    Where rounding takes two weights to one, the nearest quotient folds to it again; where it skips values,
+    one that is there came from the nearest quotient alone.
+    """
+    return (folded.double() / (2 * cfg.n_layer) ** -0.5).float()
 
 
 def to_config(cfg: GPTConfig) -> dict[str, Any]:
