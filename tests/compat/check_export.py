@@ -28,9 +28,12 @@ def main() -> None:
     expected = folder.with_name(f"{folder.name}.expected.npz")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     model = model.float().eval()
-    assert type(model).__name__ == "GPT2LMHeadModel" and model.config.activation_function == "gelu"
-    assert not info["unexpected_keys"] and not set(info["missing_keys"]) - {"lm_head.weight"}, info
-    assert load_file(folder / "topography.safetensors")["layer.0.attn"].shape == (model.config.n_embd, 2)
+    cfg, rotary = model.config, model.config.model_type == "arcee"
+    assert type(model).__name__ == ("ArceeForCausalLM" if rotary else "GPT2LMHeadModel")
+    assert (cfg.hidden_act if rotary else cfg.activation_function) == "gelu"
+    tied = {"lm_head.weight"} if cfg.tie_word_embeddings else set()
+    assert not info["unexpected_keys"] and not set(info["missing_keys"]) - tied, info
+    assert load_file(folder / "topography.safetensors")["layer.0.attn"].shape == (cfg.hidden_size, 2)
     found = compute(model, folder)
     version = transformers.__version__
     if write:
@@ -81,7 +84,8 @@ def lora_step(model: transformers.PreTrainedModel) -> None:
     except ModuleNotFoundError:
         print("no LoRA step: peft is not installed")
         return
-    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    conv = model.config.model_type == "gpt2"  # which has Conv1D
+    config = peft.LoraConfig(target_modules=["c_attn"] if conv else ["q_proj"], fan_in_fan_out=conv)
     model = peft.get_peft_model(model, config)
     tokens = torch.arange(100, 132)[None]
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,6 +1,6 @@
-"""Export a small model with random weights, to be checked by check_export.py in other environments.
+"""Export two small models with random weights, to be checked by check_export.py in other environments.
 
-    python tests/compat/make_export.py OUT      # -> OUT/run/hf
+    python tests/compat/make_export.py OUT      # -> OUT/run/hf, a GPT-2, and OUT/rotary/hf, an Arcee
 
 It needs what the tests need; check_export.py needs nothing of this repository.
 """
@@ -15,4 +15,6 @@ import tiny  # noqa: E402
 from topogpt.sharing import export  # noqa: E402
 
 if __name__ == "__main__":
+    rotary = {"norm": "rmsnorm", "position": "rope", "tied": False, "scale_attention": True, "n_layer": 3}
     print(export.export(tiny.random_run(Path(sys.argv[1]))))
+    print(export.export(tiny.random_run(Path(sys.argv[1]), "rotary", **rotary)))
