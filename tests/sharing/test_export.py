@@ -564,7 +564,9 @@ def test_the_card_shows_evaluations_and_the_picture(tmp_path):
     (run / "maps").mkdir()
     (run / "maps" / "step-000008.png").write_bytes(b"a picture")
     folder = export.export(run, repo_id="alice/maps")
-    assert "| topography | moran.mean | 0.625 |" in card(folder) and "](sheets.png)" in card(folder)
+    assert "| topography | moran.mean | 0.625 |" in card(
+        folder
+    ) and "\n\n![one token on every sheet](sheets.png)\n\n" in card(folder)
     assert (folder / "sheets.png").read_bytes() == b"a picture"
     assert 'snapshot_download("alice/maps")' in card(folder)
 
