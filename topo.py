@@ -215,18 +215,17 @@ def show_run(found: Found) -> None:
         say(f"sheets: {h}x{w} units; there is no checkpoint yet that keeps their positions")
         return
     seed = f", seed {known.seed}" if known.kind == "permuted" else ""
-    given = not settings or as_configured(settings, known)
+    given = known.kind and (not settings or as_configured(settings, known))
     kind = f"{known.kind}{seed}" if given else "of their own, taken from where the run started (init_from)"
     n = len(known.positions)
     say(f"sheets: {n} of {h}x{w} units, {n * h * w:,} in all; positions: {kind}")
 
 
 def as_configured(settings: dict[str, Any], known: Topography) -> bool:
-    """Whether positions are those that the run's settings give."""
-    chosen = {
-        key: settings["topo"][key] for key in ("layout", "positions", "seed") if key in settings["topo"]
-    }
-    given = sheet_positions(TopoConfig(loss="none", **chosen), GPTConfig(**settings["model"]))
+    """Whether positions are those that their kind and seed give."""
+    layout, model = settings["topo"].get("layout", "per_branch"), GPTConfig(**settings["model"])
+    how = TopoConfig(loss="none", layout=layout, positions=known.kind, seed=known.seed or 0)
+    given = sheet_positions(how, model)
     return given.keys() == known.positions.keys() and all(
         np.array_equal(p, known.positions[sheet]) for sheet, p in given.items()
     )

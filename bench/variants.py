@@ -218,7 +218,7 @@ class PaddedAttention(nn.Module):
         qkv = F.pad(qkv.view(3 * n_head, -1, c), (0, 0, 0, more)).flatten(0, 1)
         return qkv, F.pad(proj.view(c, n_head, -1), (0, more)).flatten(1)
 
-    def forward(self, x: Tensor, cache: None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: None = None, rotation: None = None) -> Tensor:
         y = attend(x, *self.padded_weights(), self.attention.n_head)
         return self.attention.resid_dropout(y)
 

@@ -1,4 +1,4 @@
-"""Which sheets there are and how their units lie. Run: pytest tests/spatial/test_layout.py"""
+"""Which sheets there are and how their units lie. Run: pytest tests/spatial/test_sheets.py"""
 
 import numpy as np
 import pytest
