@@ -2,7 +2,7 @@
 
     python compress.py out/toponet                               # four methods, at 80, 50 and 20 %
     python compress.py out/toponet --control out/control --keep 0.5 --method downsample units
-    python compress.py out/toponet --method units --keep 0.5 --out out/narrow    # a stock GPT-2, half as wide
+    python compress.py out/toponet --method units --keep 0.5 --out out/narrow    # a stock model, half as wide
 
 A table, and RUN/compress.json and compress.png. downsample: TopoNets' resized sheets; every_nth: equally
 spaced units; units: a narrower model fitted anew, the only one that is faster; l1: the largest weights. The
