@@ -241,6 +241,9 @@ class TrainConfig(LoopConfig):
     train_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/train",)  # token shards: folder, glob or paths
     val_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/val",)  # the same, for validation
     init_from: str | None = None  # start from these weights: a run, an exported folder, GPT-2 on the Hub
+    connectome: str | None = None  # train only the weights that train_itp.py left, in out/NAME
+    # how it starts: by signs (0.02 each), of a random wiring, without one (dense), at older weights (rewind)
+    inherit: Literal["signs", "random", "dense", "rewind"] = "signs"
     model: GPTConfig = field(default_factory=GPTConfig)
     topo: TopoConfig = field(default_factory=TopoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -251,6 +254,10 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         if self.lora_rank and self.init_from is None:
             raise UserError(f"lora_rank = {self.lora_rank} has no weights to adapt; add --init_from RUN")
+        if self.init_from and self.connectome:
+            raise UserError("init_from and connectome both say how the weights start; give one of them")
+        if self.inherit != "signs" and not self.connectome and type(self) is TrainConfig:
+            raise UserError(f"inherit = {self.inherit} has nothing to inherit; add --connectome out/NAME")
         self.check_sheet()
 
     @property
