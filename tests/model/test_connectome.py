@@ -161,7 +161,8 @@ def test_the_norm_of_the_gradient_is_of_survivors_alone(folder, monkeypatch):
     monkeypatch.setattr(connectome.Masks, "of_gradients", lambda self: None)
 
     def looked(parameters, limit):
-        seen.update(enumerate(p.grad.clone() for p in (parameters := list(parameters))))
+        parameters = list(parameters)
+        seen.update(enumerate(p.grad.clone() for p in parameters))
         return clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", looked)

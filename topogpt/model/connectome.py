@@ -55,7 +55,7 @@ def prune(
     per: Per = "matrix",
     exempt: Sequence[str] = (),
 ) -> dict[str, "Tensor"]:
-    """Masks, bool by name, without the smallest `fraction` of the remaining weights of each matrix, or of all.
+    """Masks, bool by name, without the smallest `fraction` of the remaining weights of each matrix or all.
 
     Exactly round(fraction * remaining) go (Python's round: a half to the even number); of equal ones the
     first. What masks has not goes on missing.
@@ -145,8 +145,9 @@ def inherit(
 ) -> Connectome | None:
     """Set the start of a new model, and return what it is trained under.
 
-    signs: connections are sign * 0.02. random: so are those of a random wiring of equal sparsity. rewind: all
-    weights are those of `rewind`, by name, and what is not connected is 0. dense: as it is, and under nothing.
+    signs: connections are sign * 0.02. random: so are those of a random wiring of equal sparsity. rewind:
+    all weights are those of `rewind`, by name, and what is not connected is 0. dense: as it is, under
+    nothing.
     """
     import torch
 

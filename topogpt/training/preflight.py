@@ -62,8 +62,8 @@ def check_connectome(cfg: TrainConfig) -> str:
     found = connectome.check(cfg.connectome, cfg.model)
     if cfg.inherit == "rewind" and not (Path(cfg.connectome) / connectome.REWIND_FILE).is_file():
         raise UserError(
-            f"inherit = rewind: {cfg.connectome} has no {connectome.REWIND_FILE}; train_itp.py --inherit rewind "
-            "keeps one, or give --inherit signs"
+            f"inherit = rewind: {cfg.connectome} has no {connectome.REWIND_FILE}; train_itp.py --inherit "
+            "rewind keeps one, or give --inherit signs"
         )
     inside = Path(cfg.connectome).resolve() == (Path(cfg.out_dir) / cfg.run_name).resolve()
     if cfg.overwrite and inside:
@@ -79,8 +79,8 @@ def check_same_connectome(cfg: TrainConfig, saved: dict[str, Any], now: str | No
             for path, digest in ((cfg.connectome, now), (saved["config"].get("connectome"), was))
         ]
         raise UserError(
-            f"resume: connectome = {names[0]}, but the run was started with {names[1]}; give that one, or start a "
-            "new run with another --run_name"
+            f"resume: connectome = {names[0]}, but the run was started with {names[1]}; give that one, or "
+            "start a new run with another --run_name"
         )
 
 
