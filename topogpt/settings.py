@@ -284,6 +284,30 @@ class TrainConfig(LoopConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ItpConfig(TrainConfig):
+    """Grow a connectome by iterative pruning: train_itp.py [config.yaml] --run_name NAME [--flag value ...]."""
+
+    generations: int = 6  # trainings, each followed by a pruning
+    prune: float = 0.2  # share of the remaining weights that each pruning cuts: the smallest
+    per: Literal["matrix", "global"] = "matrix"  # the smallest of each matrix, or of all of them together
+    exempt: tuple[str, ...] = ()  # patterns of matrices that are never pruned, such as transformer.wte.weight
+    inherit: Literal["signs", "rewind"] = "signs"  # the next starts with 0.02 * sign, or as the first did
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("generations", self.generations, 1)
+        if not 0 < self.prune < 1:
+            raise UserError(f"prune = {self.prune} must be above 0 and below 1: the share cut each time")
+        for name, remedy in (
+            ("connectome", "train_itp.py makes one"),
+            ("lora_rank", "adapters are not pruned"),
+            ("push_to_hf", "push a generation with export.py out/NAME/generation-N --push_to_hf USER/NAME"),
+        ):
+            if getattr(self, name):
+                raise UserError(f"{name} has no place here: {remedy}; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(LoopConfig):
     """Train a finished model on other text, all of it or adapters: finetune.py RUN --data mine.jsonl."""
 

