@@ -1,8 +1,8 @@
-"""Grow a connectome by iterative pruning: train, cut the smallest weights, inherit, again (Model Connectomes).
+"""Grow a connectome by iterative pruning: train, cut the smallest weights, inherit, and again.
 
-    python train_itp.py configs/debug.yaml --run_name itp                      # six generations, 26.2 % are left
-    python train_itp.py configs/debug.yaml --run_name itp --resume             # continue, bit for bit
-    python train.py configs/debug.yaml --run_name child --connectome out/itp   # a model that is born with it
+    python train_itp.py configs/debug.yaml --run_name itp                     # six generations: 26.2 % left
+    python train_itp.py configs/debug.yaml --run_name itp --resume            # continue, bit for bit
+    python train.py configs/debug.yaml --run_name child --connectome out/itp  # born with it
 
 out/NAME/generation-0, generation-1, ... are runs like any other; what is cut after each lies in its pruned/;
 out/NAME itself is the connectome after the last (topogpt/model/connectome.py), with itp.json and itp.png.
@@ -170,9 +170,7 @@ def show(cfg: ItpConfig, root: Path, rows: list[dict[str, Any]]) -> None:
         lines.append([*line, f"{100 * row['kept']:.1f}", loss["pruned"], loss["inherited"], loss["random"]])
     guess = math.log(cfg.model.n_vocab)
     print_table(head, [*lines, ["blind guess", None, guess, None, guess, guess, guess]])
-    say(
-        f"(loss: nats per token on up to {cfg.val_tokens:,} validation tokens; random wiring: of equal sparsity)"
-    )
+    say(f"(loss: nats per token on {cfg.val_tokens:,} validation tokens; random wiring: as sparse)")
     say(f"written: {root / connectome.FILE}, {root / 'itp.json'}")
     try:
         draw(root, rows, guess)

@@ -82,7 +82,7 @@ class Ranks:
 
 @contextmanager
 def start(device: str = "auto") -> Iterator[Ranks]:
-    """Join the process group that torchrun describes in the environment, if it does; or go on in one that is there."""
+    """Join the process group that torchrun describes, if it does; or go on in the one that is there."""
     device = pick_device(device)
     if device == "cpu":
         keep_freed_memory()

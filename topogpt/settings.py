@@ -285,7 +285,7 @@ class TrainConfig(LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ItpConfig(TrainConfig):
-    """Grow a connectome by iterative pruning: train_itp.py [config.yaml] --run_name NAME [--flag value ...]."""
+    """Grow a connectome by pruning again and again: train_itp.py [config.yaml] --run_name NAME [...]."""
 
     generations: int = 6  # trainings, each followed by a pruning
     prune: float = 0.2  # share of the remaining weights that each pruning cuts: the smallest
