@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import tiny
@@ -26,10 +27,9 @@ def itp(folder, name: str, **settings) -> ItpConfig:
 
 
 def run(cfg: ItpConfig) -> None:
-    path = f"{cfg.out_dir}/../{cfg.run_name}.yaml"
-    with open(path, "w") as file:
-        file.write(to_yaml(dataclasses.replace(cfg, resume=False)))
-    train_itp.main([path, *(["--resume"] if cfg.resume else [])])
+    path = Path(cfg.out_dir).parent / f"{cfg.run_name}.yaml"
+    path.write_text(to_yaml(dataclasses.replace(cfg, resume=False)))
+    train_itp.main([str(path), *(["--resume"] if cfg.resume else [])])
 
 
 @pytest.fixture(scope="module")
