@@ -118,9 +118,11 @@ def cut(
         masks = {name: wired != 0 for name, wired in t.connectome.wiring.items()}
     masks = connectome.prune(weights, masks, cfg.prune, cfg.per, cfg.exempt)
     wiring = connectome.signs(weights, masks)
-    start = weights
-    if cfg.inherit == "rewind":  # the start of the first generation is a function of its settings
-        start = starting_weights(generation(cfg, 0), ranks)
+    first = generation(
+        cfg, 0
+    )  # whose start is a function of its settings, and so is that of what is not wired
+    first = first if cfg.inherit == "rewind" else dataclasses.replace(first, init_from=None)
+    start = starting_weights(first, ranks)
     loss = {"before": evaluate(t, corpora.val).cross_entropy}
     found = connectome.Connectome(wiring)
     with torch.no_grad():
@@ -128,6 +130,7 @@ def cut(
             p.mul_(masks[name].to(p.device)) if name in masks else None
     loss["pruned"] = evaluate(t, corpora.val).cross_entropy
     for how in (cfg.inherit, "random"):
+        checkpoint.load_weights(t.model, start)
         connectome.inherit(t.model, found, how, cfg.seed, start)
         loss["inherited" if how == cfg.inherit else "random"] = evaluate(t, corpora.val).cross_entropy
     found.about = {"generation": number, "fraction": cfg.prune, "per": cfg.per, "exempt": list(cfg.exempt)}
