@@ -118,9 +118,8 @@ def cut(
         masks = {name: wired != 0 for name, wired in t.connectome.wiring.items()}
     masks = connectome.prune(weights, masks, cfg.prune, cfg.per, cfg.exempt)
     wiring = connectome.signs(weights, masks)
-    first = generation(
-        cfg, 0
-    )  # whose start is a function of its settings, and so is that of what is not wired
+    # the start of a run is a function of its settings, so is what the next one has beside its wiring
+    first = generation(cfg, 0)
     first = first if cfg.inherit == "rewind" else dataclasses.replace(first, init_from=None)
     start = starting_weights(first, ranks)
     loss = {"before": evaluate(t, corpora.val).cross_entropy}
