@@ -44,7 +44,7 @@ def train(cfg: TrainConfig) -> TrainState:
 
 def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals: StopSignals) -> TrainState:
     t = setup.build(cfg, ranks, corpora.resume_from)
-    state, run = t.state, setup.open_run_folder(cfg, ranks, corpora, t.state)
+    state, run = t.state, setup.open_run_folder(t, corpora)
     start = state.step if corpora.resume_from else -1
     with RunLog(run, ranks.is_main, start, cfg.max_steps) as log, setup.token_loader(t, corpora) as loader:
         if cfg.wandb:

@@ -82,7 +82,7 @@ class Ranks:
 
 @contextmanager
 def start(device: str = "auto") -> Iterator[Ranks]:
-    """Join the process group that torchrun describes in the environment, if it does."""
+    """Join the process group that torchrun describes, if it does; or go on in the one that is there."""
     device = pick_device(device)
     if device == "cpu":
         keep_freed_memory()
@@ -96,6 +96,9 @@ def start(device: str = "auto") -> Iterator[Ranks]:
             )
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
+    if dist.is_initialized():  # by whoever trains several times
+        yield Ranks(rank, world, torch.device(device))
+        return
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))

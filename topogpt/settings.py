@@ -241,6 +241,9 @@ class TrainConfig(LoopConfig):
     train_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/train",)  # token shards: folder, glob or paths
     val_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/val",)  # the same, for validation
     init_from: str | None = None  # start from these weights: a run, an exported folder, GPT-2 on the Hub
+    connectome: str | None = None  # train only the weights that train_itp.py left, in out/NAME
+    # how it starts: by signs (0.02 each), of a random wiring, without one (dense), at older weights (rewind)
+    inherit: Literal["signs", "random", "dense", "rewind"] = "signs"
     model: GPTConfig = field(default_factory=GPTConfig)
     topo: TopoConfig = field(default_factory=TopoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -251,6 +254,10 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         if self.lora_rank and self.init_from is None:
             raise UserError(f"lora_rank = {self.lora_rank} has no weights to adapt; add --init_from RUN")
+        if self.init_from and self.connectome:
+            raise UserError("init_from and connectome both say how the weights start; give one of them")
+        if self.inherit != "signs" and not self.connectome and type(self) is TrainConfig:
+            raise UserError(f"inherit = {self.inherit} has nothing to inherit; add --connectome out/NAME")
         self.check_sheet()
 
     @property
@@ -274,6 +281,30 @@ class TrainConfig(LoopConfig):
                 f"topo.radius = {self.topo.radius} is too large for the sheet: {side}x{side} units do not "
                 f"fit the {h}x{w} of model.{key} = {units}; try --topo.radius {(min(h, w) + 1) // 2}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItpConfig(TrainConfig):
+    """Grow a connectome by pruning again and again: train_itp.py [config.yaml] --run_name NAME [...]."""
+
+    generations: int = 6  # trainings, each followed by a pruning
+    prune: float = 0.2  # share of the remaining weights that each pruning cuts: the smallest
+    per: Literal["matrix", "global"] = "matrix"  # the smallest of each matrix, or of all of them together
+    exempt: tuple[str, ...] = ()  # patterns of matrices that are never pruned, such as transformer.wte.weight
+    inherit: Literal["signs", "rewind"] = "signs"  # the next starts with 0.02 * sign, or as the first did
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("generations", self.generations, 1)
+        if not 0 < self.prune < 1:
+            raise UserError(f"prune = {self.prune} must be above 0 and below 1: the share cut each time")
+        for name, remedy in (
+            ("connectome", "train_itp.py makes one"),
+            ("lora_rank", "adapters are not pruned"),
+            ("push_to_hf", "push a generation with export.py out/NAME/generation-N --push_to_hf USER/NAME"),
+        ):
+            if getattr(self, name):
+                raise UserError(f"{name} has no place here: {remedy}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from topogpt.errors import UserError
+from topogpt.model import connectome
 from topogpt.model.lora import check_peft, layers_to_adapt
 from topogpt.runs.folder import newest, read_state
 from topogpt.settings import TrainConfig
@@ -20,6 +21,7 @@ class Checked(NamedTuple):
     train: Corpus
     val: Corpus
     resume_from: Path | None  # checkpoint to continue from
+    connectome: str | None  # SHA-256 of the one that is inherited
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -28,7 +30,7 @@ class Checked(NamedTuple):
 
     def record(self, cfg: TrainConfig) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors and train_state; compared on resuming."""
-        return {"config": dataclasses.asdict(cfg), "data": self.fingerprints}
+        return {"config": dataclasses.asdict(cfg), "data": self.fingerprints, "connectome": self.connectome}
 
 
 def check(cfg: TrainConfig) -> Checked:
@@ -44,12 +46,42 @@ def check(cfg: TrainConfig) -> Checked:
     )
     for corpus in (train, val):
         corpus.n_windows(cfg.model.block_size)  # raises where the corpus is shorter than one
+    wiring = check_connectome(cfg) if cfg.connectome else None
     if rank == 0:
         check_run_folder(cfg)
     folder = newest(Path(cfg.out_dir) / cfg.run_name) if cfg.resume else None
     if rank == 0 and folder is not None:
-        check_same_run(cfg, read_state(folder), train.fingerprint, val.fingerprint)
-    return Checked(train, val, folder)
+        saved = read_state(folder)
+        check_same_run(cfg, saved, train.fingerprint, val.fingerprint)
+        check_same_connectome(cfg, saved, wiring)
+    return Checked(train, val, folder, wiring)
+
+
+def check_connectome(cfg: TrainConfig) -> str:
+    """SHA-256 of the connectome that is inherited."""
+    found = connectome.check(cfg.connectome, cfg.model)
+    if cfg.inherit == "rewind" and not (Path(cfg.connectome) / connectome.REWIND_FILE).is_file():
+        raise UserError(
+            f"inherit = rewind: {cfg.connectome} has no {connectome.REWIND_FILE}; train_itp.py --inherit "
+            "rewind keeps one, or give --inherit signs"
+        )
+    inside = Path(cfg.connectome).resolve() == (Path(cfg.out_dir) / cfg.run_name).resolve()
+    if cfg.overwrite and inside:
+        raise UserError(f"overwrite: {cfg.connectome} is the connectome itself; choose another --run_name")
+    return found["sha256"]
+
+
+def check_same_connectome(cfg: TrainConfig, saved: dict[str, Any], now: str | None) -> None:
+    was = saved.get("connectome")
+    if was != now:
+        names = [
+            f"{path} (sha256 {(digest or '')[:12]})" if digest else "none"
+            for path, digest in ((cfg.connectome, now), (saved["config"].get("connectome"), was))
+        ]
+        raise UserError(
+            f"resume: connectome = {names[0]}, but the run was started with {names[1]}; give that one, or "
+            "start a new run with another --run_name"
+        )
 
 
 def check_batch_size(cfg: TrainConfig, world: int) -> None:
@@ -101,6 +133,7 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
     for key in ("seed", "batch_size"):
         refuse_change(key, saved["config"][key], getattr(cfg, key))
     check_same_section(cfg, "", saved["config"], "lora_")
+    check_same_section(cfg, "", saved["config"], "inherit")
     check_same_section(cfg.optim, "optim", saved["config"]["optim"], "name")
     for key, now in (("train_data_dir", train), ("val_data_dir", val)):
         if saved["data"][key] != now:

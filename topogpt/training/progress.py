@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from topogpt.errors import UserError
-from topogpt.model import lora
+from topogpt.model import connectome, lora
 from topogpt.runs.state import TrainState
 from topogpt.settings import TrainConfig
 from topogpt.spatial.schedule import weight_at
@@ -25,6 +25,9 @@ def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
     )
     if cfg.init_from:
         log.say(f"starting from {cfg.init_from}; trained: {what_is_trained(cfg)}")
+    if cfg.connectome:
+        under = f"inherit = {cfg.inherit}; {connectome.describe(t.connectome)}" if t.connectome else "dense"
+        log.say(f"connectome: {cfg.connectome}, {under}")
     if t.objective.of_weights and not t.objective.with_spatial and cfg.topo.layout != "c_fc":
         log.say(
             f"note: {cfg.topo.loss} acts on weights of {', '.join(cfg.topo.modules)}, not on these sheets; "

@@ -17,7 +17,7 @@ from topogpt.config import to_yaml
 from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.files import write_json, write_text
-from topogpt.model import lora
+from topogpt.model import connectome, lora
 from topogpt.model.gpt import GPT
 from topogpt.runs import checkpoint, folder, provenance
 from topogpt.runs.state import TrainState
@@ -43,6 +43,8 @@ class Training:
     parallel: nn.Module  # the objective as training calls it
     optimizer: torch.optim.Optimizer
     state: TrainState
+    connectome: connectome.Connectome | None  # what the model is trained under
+    masks: connectome.Masks
 
 
 def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Training:
@@ -59,6 +61,7 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Tr
         checkpoint.load_weights(model, imported.weights)
         if imported.positions and imported.positions.keys() == positions.keys():  # sheets of the same layout
             positions = imported.positions
+    wired = connectome_of(cfg, model, resume_from) if cfg.connectome else None
     if resume_from:
         weights, positions = checkpoint.load_tensors(resume_from)
         base = resume_from.parents[1] / checkpoint.BASE_FILE
@@ -73,7 +76,22 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Tr
     optimizer = build_optimizer(model, cfg.optim)
     if resume_from:
         checkpoint.load_optimizer(optimizer, resume_from, ranks.device)
-    return Training(cfg, ranks, model, objective, *wrap(cfg, ranks, objective), optimizer, state)
+    masks = connectome.Masks(model, wired)
+    return Training(
+        cfg, ranks, model, objective, *wrap(cfg, ranks, objective), optimizer, state, wired, masks
+    )
+
+
+def connectome_of(cfg: TrainConfig, model: GPT, resume_from: Path | None) -> connectome.Connectome | None:
+    """Set the start that cfg.connectome gives the model, and return what it is trained under, if anything."""
+    if cfg.inherit == "dense":
+        return None
+    if resume_from:  # its own copy: a random wiring is nowhere else
+        return connectome.read(resume_from.parents[1], cfg.model)
+    values = Path(cfg.connectome) / connectome.REWIND_FILE
+    rewind = checkpoint.read_tensors(values) if cfg.inherit == "rewind" else None
+    found = connectome.read(cfg.connectome, cfg.model)
+    return connectome.inherit(model, found, cfg.inherit, cfg.seed, rewind)
 
 
 def add_adapters(objective: Objective, cfg: TrainConfig) -> None:
@@ -89,15 +107,18 @@ def add_adapters(objective: Objective, cfg: TrainConfig) -> None:
             )
 
 
-def open_run_folder(cfg: TrainConfig, ranks: Ranks, corpora: Checked, state: TrainState) -> Path:
+def open_run_folder(t: Training, corpora: Checked) -> Path:
     """Make out/RUN with config.yaml and provenance.json; a resumed run adds its start to the latter."""
+    cfg, ranks = t.cfg, t.ranks
     run = Path(cfg.out_dir) / cfg.run_name
     if ranks.is_main:
         if cfg.overwrite and run.exists():
             shutil.rmtree(run)
         (run / "maps").mkdir(parents=True, exist_ok=True)
         if corpora.resume_from:
-            folder.restore_links(run, state)
+            folder.restore_links(run, t.state)
+        elif t.connectome:
+            connectome.write(run, t.connectome, cfg.model)
         write_text(run / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False)))
         path = run / "provenance.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

@@ -38,10 +38,12 @@ def optimizer_step(t: Training, step: int, batches: Sequence[MicroBatch]) -> Ste
             ((ce + weight * spatial.sum()) / len(batches)).backward()
         losses += torch.stack([ce, spatial.mean()]).detach() / len(batches)
     of_weights = add_losses_of_weights(t, step)
+    t.masks.of_gradients()
     grad_norm = nn.utils.clip_grad_norm_(t.model.parameters(), cfg.optim.grad_clip or torch.inf)
     skip = (~grad_norm.isfinite()).float()
     t.optimizer.found_inf = skip  # the fused kernel leaves everything as it is where this is 1
     t.optimizer.step()
+    t.masks.of_weights()
     t.optimizer.zero_grad(set_to_none=True)
     return Step(torch.cat([losses, *of_weights]), grad_norm, skip)
 
