@@ -21,8 +21,8 @@ FLOORS = [
     {"scripts", "evals", "bench"},
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
-WITHOUT_TORCH = """model topo topogpt topogpt.model.cost topogpt.model.lora topogpt.model.connectome finetune train_itp
-    topogpt.rng topogpt.topo topogpt.config topogpt.settings topogpt.runs.folder
+WITHOUT_TORCH = """model topo topogpt topogpt.model.cost topogpt.model.lora topogpt.model.connectome finetune
+    train_itp topogpt.rng topogpt.topo topogpt.config topogpt.settings topogpt.runs.folder
     topogpt.text.shards topogpt.text.loader topogpt.training.preflight
     topogpt.sharing.push topogpt.sharing.card topogpt.sharing.export""".split()
 FILES = sorted(

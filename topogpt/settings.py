@@ -242,8 +242,7 @@ class TrainConfig(LoopConfig):
     val_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/val",)  # the same, for validation
     init_from: str | None = None  # start from these weights: a run, an exported folder, GPT-2 on the Hub
     connectome: str | None = None  # train only the weights that train_itp.py left, in out/NAME
-    # how it starts: by signs (0.02 each), of a random wiring, without one (dense), at older weights (rewind)
-    inherit: Literal["signs", "random", "dense", "rewind"] = "signs"
+    inherit: Literal["signs", "random", "dense", "rewind"] = "signs"  # 0.02 each; random, dense: controls
     model: GPTConfig = field(default_factory=GPTConfig)
     topo: TopoConfig = field(default_factory=TopoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
