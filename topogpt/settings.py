@@ -242,7 +242,7 @@ class TrainConfig(LoopConfig):
     val_data_dir: tuple[str, ...] = ("data/fineweb-edu-10B/val",)  # the same, for validation
     init_from: str | None = None  # start from these weights: a run, an exported folder, GPT-2 on the Hub
     connectome: str | None = None  # train only the weights that train_itp.py left, in out/NAME
-    inherit: Literal["signs", "random", "dense", "rewind"] = "signs"  # 0.02 each; random, dense: controls
+    inherit: Literal["signs", "random", "dense", "rewind"] = "signs"  # signs: 0.02; random, dense: controls
     model: GPTConfig = field(default_factory=GPTConfig)
     topo: TopoConfig = field(default_factory=TopoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
