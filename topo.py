@@ -20,8 +20,8 @@ from topogpt.config import parse
 from topogpt.drawing import LIMIT, standardised
 from topogpt.errors import UserError, run_main
 from topogpt.runs.folder import read_maps, read_metrics, step_folder
-from topogpt.settings import GPTConfig, MapConfig, TopoConfig
-from topogpt.spatial.layout import sheet_positions
+from topogpt.settings import GPTConfig, MapConfig
+from topogpt.spatial.layout import laid_out
 from topogpt.spatial.schedule import losses_in_words
 from topogpt.terminal import has_colours, picture, print_table, say
 from topogpt.topo import (
@@ -223,9 +223,9 @@ def show_run(found: Found) -> None:
 
 def as_configured(settings: dict[str, Any], known: Topography) -> bool:
     """Whether positions are those that their kind and seed give."""
-    layout, model = settings["topo"].get("layout", "per_branch"), GPTConfig(**settings["model"])
-    how = TopoConfig(loss="none", layout=layout, positions=known.kind, seed=known.seed or 0)
-    given = sheet_positions(how, model)
+    model = GPTConfig(**settings["model"])
+    layout = settings["topo"].get("layout", "per_branch")
+    given = laid_out(model, layout, known.kind, known.seed or 0)
     return given.keys() == known.positions.keys() and all(
         np.array_equal(p, known.positions[sheet]) for sheet, p in given.items()
     )

@@ -104,8 +104,6 @@ def cut(
     cfg: ItpConfig, settings: TrainConfig, number: int, ranks: "Ranks", corpora: preflight.Checked
 ) -> None:
     """Prune the last checkpoint of a generation, and measure what pruning and inheriting do to the loss."""
-    import torch
-
     from topogpt.runs import checkpoint
     from topogpt.training import setup
     from topogpt.training.validation import evaluate
@@ -117,16 +115,13 @@ def cut(
     if t.connectome:
         masks = {name: wired != 0 for name, wired in t.connectome.wiring.items()}
     masks = connectome.prune(weights, masks, cfg.prune, cfg.per, cfg.exempt)
-    wiring = connectome.signs(weights, masks)
+    found = connectome.Connectome(connectome.signs(weights, masks))
     # the start of a run is a function of its settings, so is what the next one has beside its wiring
     first = generation(cfg, 0)
     first = first if cfg.inherit == "rewind" else dataclasses.replace(first, init_from=None)
     start = starting_weights(first, ranks)
     loss = {"before": evaluate(t, corpora.val).cross_entropy}
-    found = connectome.Connectome(wiring)
-    with torch.no_grad():
-        for name, p in t.model.named_parameters():
-            p.mul_(masks[name].to(p.device)) if name in masks else None
+    connectome.Masks(t.model, found).of_weights()
     loss["pruned"] = evaluate(t, corpora.val).cross_entropy
     for how in (cfg.inherit, "random"):
         checkpoint.load_weights(t.model, start)

@@ -104,6 +104,21 @@ def no_pictures() -> None:
     maps.draw = lambda *args, **kwargs: None
 
 
+def losses_of_steps(model: Any, tokens: Any) -> list[float]:
+    """Losses of transformers' model at three steps of SGD on what is trained of it."""
+    import torch
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def random_run(
     out: Path, name: str = "run", *, step: int = 8, seed: int = 0, topo: dict[str, Any] | None = None, **model
 ) -> Path:

@@ -20,8 +20,8 @@ from topogpt.model import compress
 from topogpt.model.gpt import GPT
 from topogpt.runs import provenance
 from topogpt.runs.checkpoint import LoadedRun, load_run
-from topogpt.settings import COMPRESSIONS, CompressConfig, TopoConfig
-from topogpt.spatial.layout import sheet_positions
+from topogpt.settings import COMPRESSIONS, CompressConfig
+from topogpt.spatial.layout import laid_out
 from topogpt.terminal import progress
 from topogpt.text.loader import Corpus, MicroBatch, Share, fixed_batches, open_corpus
 
@@ -277,10 +277,9 @@ def narrower_run(cfg: CompressConfig, found: Found) -> LoadedRun:
         "fit_tokens": cfg.fit_tokens,
     }
     config = found.run.state["config"] | {"model": asdict(found.narrow.cfg)}
-    positions = found.run.positions
+    positions, narrow = found.run.positions, found.narrow.cfg
     if config["topo"].get("layout") == "c_fc":  # these sheets have holes now
         config["topo"] = config["topo"] | {"layout": "per_branch", "positions": "identity"}
-        in_order = TopoConfig(loss="none", positions="identity")
-        positions = sheet_positions(in_order, found.narrow.cfg)
+        positions = laid_out(narrow, "per_branch", "identity")
     state = found.run.state | {"config": config, "compressed": facts}
     return LoadedRun(found.narrow.to("cpu").eval(), positions, state, found.run.folder)

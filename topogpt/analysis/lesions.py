@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from topogpt.analysis.activations import batches
-from topogpt.topo import sheet_names
+from topogpt.topo import ONE_SHEET, sheet_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def module_of(model: "GPT", sheet: str) -> "Module":
 
 def pieces(model: "GPT", sheet: str) -> Iterator[tuple["Module", slice]]:
     """The modules behind a sheet, and which of its units each computes: all, but for the sheet all."""
-    if sheet != "all":
+    if sheet != ONE_SHEET:
         yield module_of(model, sheet), slice(None)
         return
     width = model.cfg.n_embd

@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +24,14 @@ from topogpt.analysis import measures
 from topogpt.analysis.lesions import hooked
 from topogpt.model.gpt import GPT
 from topogpt.runs.folder import read_metrics
-from topogpt.settings import TopoConfig
 from topogpt.sharing.load import load_model
-from topogpt.spatial.layout import sheet_positions
+from topogpt.spatial.layout import Kind, laid_out
 from topogpt.text import tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Text = str | Sequence[int] | np.ndarray  # or its tokens
-Kind = Literal["permuted", "identity"]
 
 
 class Run:
@@ -65,9 +63,9 @@ class Run:
     ) -> None:
         given = positions
         if isinstance(given, str):
-            given = sheet_positions(TopoConfig(loss="none", layout=layout, positions=given), model.cfg)
+            given = laid_out(model.cfg, layout, given)
         layout = topo.layout_of(given, model.cfg.n_layer)
-        expected = sheet_positions(TopoConfig(loss="none", layout=layout), model.cfg)
+        expected = laid_out(model.cfg, layout, "identity")
         shapes = {p.shape for p in expected.values()}
         if {p.shape for p in given.values()} != shapes:
             raise ValueError(f"positions must be arrays {shapes.pop()}: {', '.join(expected)}")

@@ -14,7 +14,6 @@ import numpy as np
 from topogpt import topo, topography
 from topogpt.errors import UserError, check_at_least
 from topogpt.files import sha256
-from topogpt.settings import TopoConfig
 
 if TYPE_CHECKING:  # --help and mistakes answer at once
     from topogpt.model.gpt import GPT
@@ -134,12 +133,11 @@ class Subject(NamedTuple):
 
     def on_layout(self, layout: topo.Layout) -> "Subject":
         """The same model with these sheets, their units in order where they are not its own."""
-        from topogpt.spatial.layout import sheet_positions
+        from topogpt.spatial.layout import laid_out
 
         if layout == self.layout:
             return self
-        in_order = TopoConfig(loss="none", layout=layout, positions="identity")
-        return self._replace(positions=sheet_positions(in_order, self.model.cfg))
+        return self._replace(positions=laid_out(self.model.cfg, layout, "identity"))
 
     def on_grid(self, values: Mapping[str, np.ndarray] | np.ndarray) -> np.ndarray:
         """Values of units, sheet -> (..., n_units) or (S, ..., n_units), as maps (S, ..., h, w)."""
@@ -192,7 +190,7 @@ def results_folder(source: str) -> Path:
 
 def positions_on(cfg: EvalConfig, source: str, loaded: "LoadedModel") -> dict[str, np.ndarray]:
     """Positions on the sheets that cfg.layout names: the model's own, or as --positions says."""
-    from topogpt.spatial.layout import sheet_positions
+    from topogpt.spatial.layout import laid_out
 
     shape, own = loaded.model.cfg, loaded.positions
     own_layout = topo.layout_of(own, shape.n_layer) if own else None
@@ -205,11 +203,9 @@ def positions_on(cfg: EvalConfig, source: str, loaded: "LoadedModel") -> dict[st
             f"{source} has no positions of its units; give --positions identity (unit i in cell i), "
             "permuted, or a folder that holds topography.safetensors"
         )
-    expected = sheet_positions(TopoConfig(loss="none", layout=layout, positions="identity"), shape)
-    if kind == "identity":
-        return expected
-    if kind == "permuted":
-        return sheet_positions(TopoConfig(loss="none", layout=layout), shape)
+    if kind in ("identity", "permuted"):
+        return laid_out(shape, layout, kind)
+    expected = laid_out(shape, layout, "identity")
     try:
         positions = topography.load_topography(kind).positions
     except ValueError as error:

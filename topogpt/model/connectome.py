@@ -157,14 +157,12 @@ def inherit(
         connectome = Connectome(random_wiring(connectome.wiring, seed), connectome.about | {"random": seed})
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            wired = connectome.wiring.get(name)
             if how == "rewind":
                 assert rewind is not None
                 weight.copy_(rewind[name])
-            elif wired is not None:
-                weight.copy_(wired * SIZE)
-            if wired is not None:
-                weight.masked_fill_((wired == 0).to(weight.device), 0.0)
+            elif name in connectome.wiring:
+                weight.copy_(connectome.wiring[name] * SIZE)
+    Masks(model, connectome).of_weights()
     return connectome
 
 

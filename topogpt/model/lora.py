@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from topogpt.errors import UserError
+from topogpt.model.cost import weight_shapes
 from topogpt.settings import GPTConfig
 
 if TYPE_CHECKING:
@@ -25,10 +26,8 @@ ADAPTER = "default"  # peft's name for the only adapter of a layer
 
 def linear_layers(cfg: GPTConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer but the head; in the model's order."""
-    c, hidden = cfg.n_embd, cfg.n_hidden
-    shapes = {"attn.c_attn": (3 * c, c), "attn.c_proj": (c, c), "mlp.c_fc": (hidden, c)}
-    shapes["mlp.c_proj"] = (c, hidden)
-    return {f"transformer.h.{i}.{name}": s for i in range(cfg.n_layer) for name, s in shapes.items()}
+    matrices = {name: shape for name, shape in weight_shapes(cfg).items() if len(shape) == 2}
+    return {name.removesuffix(".weight"): s for name, s in matrices.items() if ".h." in name}
 
 
 def layers_to_adapt(cfg: GPTConfig, patterns: Sequence[str], rank: int) -> dict[str, tuple[int, int]]:
