@@ -5,6 +5,8 @@
     python export.py out/topolm --push_to_hf                     # as YOU/topolm
     python export.py out/topolm --push_to_hf USER/NAME --private
     python export.py out/topolm/hf --push_to_hf USER/NAME        # push, or complete a push, later
+    python export.py out/child --sparse                          # beside it masks and values of a pruned run
+    python export.py out/itp --push_to_hf USER/itp               # a connectome: --connectome USER/itp
 
 The folder is a GPT2LMHeadModel, or an ArceeForCausalLM if positions are rotary (no remote code), with its
 tokenizer, the positions of its units and a model card. Before it gets its name it is loaded with
@@ -17,6 +19,7 @@ from pathlib import Path
 from topogpt.config import parse
 from topogpt.errors import UserError, run_main
 from topogpt.settings import ExportConfig
+from topogpt.sharing import wirings
 from topogpt.sharing.export import export
 from topogpt.sharing.push import PushFailed, full_name, later, push
 from topogpt.terminal import say
@@ -29,7 +32,7 @@ def main(argv: list[str]) -> None:
         raise UserError("private = True has no effect without --push_to_hf; add that, or leave --private out")
     if not source.is_dir():
         raise UserError(f"run {source} does not exist; give the folder of a run, such as out/NAME")
-    if (source / "topography.json").is_file():
+    if (source / "topography.json").is_file() or (source.name == "hf" and wirings.is_connectome(source)):
         return push_exported(cfg, source)
     repo_id = trouble = None
     if cfg.push_to_hf is not None:
@@ -37,9 +40,13 @@ def main(argv: list[str]) -> None:
             repo_id = full_name(cfg.push_to_hf or source.resolve().name)
         except PushFailed as error:
             trouble = error  # the folder is worth having all the same
-    folder = export(
-        source, cfg.checkpoint, cfg.out, cfg.dtype, repo_id=repo_id, vocab_dir=cfg.vocab_dir, say=say
-    )
+    if wirings.is_connectome(source):
+        check_no_effect(cfg, "a connectome", ("out",))
+        folder = wirings.export(source, cfg.out, repo_id)
+        say(f"exported the connectome {source}: {folder}")
+    else:
+        more = {"repo_id": repo_id, "vocab_dir": cfg.vocab_dir, "sparse": cfg.sparse, "say": say}
+        folder = export(source, cfg.checkpoint, cfg.out, cfg.dtype, **more)
     if trouble:
         raise PushFailed(f"{trouble}; the folder is complete: {later(folder, 'USER/NAME', cfg.private)}")
     if repo_id:
@@ -52,11 +59,15 @@ def push_exported(cfg: ExportConfig, folder: Path) -> None:
         raise UserError(
             f"run {folder} is exported already; push it with --push_to_hf USER/NAME, or give a run"
         )
+    check_no_effect(cfg, "an exported folder")
+    say(f"pushed: {push(folder, full_name(cfg.push_to_hf), cfg.private, say=say)}")
+
+
+def check_no_effect(cfg: ExportConfig, what: str, but: tuple[str, ...] = ()) -> None:
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        if f.name not in ("run", "push_to_hf", "private") and value != f.default:
-            raise UserError(f"{f.name} = {value} has no effect on an exported folder; give the run it is of")
-    say(f"pushed: {push(folder, full_name(cfg.push_to_hf), cfg.private, say=say)}")
+        if f.name not in ("run", "push_to_hf", "private", *but) and value != f.default:
+            raise UserError(f"{f.name} = {value} has no effect on {what}; give a run, or leave it out")
 
 
 def optional_value(argv: list[str]) -> list[str]:

@@ -6,6 +6,8 @@ import json
 import re
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -248,6 +250,30 @@ class Handler(BaseHTTPRequestHandler):
         if found is None or path not in found[1]:
             return self.refuse(404, {"X-Error-Code": "EntryNotFound" if found else "RevisionNotFound"})
         return 200, found[1][path], {"X-Repo-Commit": found[0], "ETag": f'"{git_oid(found[1][path])}"'}
+
+
+def serve(monkeypatch: Any, tmp_path: Any) -> Iterator[FakeHub]:
+    """A Hub of our own, where alice is logged in and to which the Hub's client talks; nobody really waits."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from topogpt.sharing import push
+
+    with FakeHub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(time, "sleep", lambda seconds: server.waits.append(seconds))
+        monkeypatch.setattr(push, "TIMEOUTS", (1.0, 0.3, 1.0, 1.0))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        server.waits = []
+        yield server
+        server.shutdown()
+        huggingface_hub.close_session()
 
 
 NAME = r"([\w.-]+/[\w.-]+)"

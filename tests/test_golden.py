@@ -80,9 +80,17 @@ SEEDS = {  # of torch, by their key
     (1337, "dropout", 599_999, 19): 7987772348712945616,
 }
 PARAMETERS = {
+    "connectome.yaml": 162_201_600,
+    "connectome_debug.yaml": 15_482_880,
+    "connectome_inner.yaml": 162_201_600,
+    "connectome_inner_debug.yaml": 15_482_880,
     "control.yaml": 128_771_216,
     "debug.yaml": 8_258_832,
     "demo.yaml": 8_258_832,
+    "no_connectome.yaml": 162_201_600,
+    "no_connectome_debug.yaml": 15_482_880,
+    "random_connectome.yaml": 162_201_600,
+    "random_connectome_debug.yaml": 15_482_880,
     "topolm.yaml": 128_771_216,
     "toponets.yaml": 124_373_760,
     "toponets_control.yaml": 124_373_760,

@@ -434,10 +434,11 @@ class MapConfig:
 class ExportConfig:
     """Write a checkpoint as a folder for stock transformers: export.py RUN [--push_to_hf [USER/NAME]]."""
 
-    run: str  # folder of a run (out/NAME); or an exported folder, to push it
+    run: str  # folder of a run (out/NAME); a connectome; or an exported folder, to push it
     checkpoint: str = "best"  # best, last or step-N
     out: str | None = None  # folder to write; None: RUN/hf
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored weights
+    sparse: bool = False  # of a run trained under a connectome add masks and values: sparse.safetensors
     push_to_hf: str | None = None  # push to this repository of the Hub: USER/NAME; bare: YOU/(name of RUN)
     private: bool = False  # make a new repository private
     vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched

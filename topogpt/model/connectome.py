@@ -9,7 +9,9 @@ al. 2025, arXiv 2504.21047). Nothing here imports torch before there is somethin
 """
 
 import difflib
+import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -203,9 +205,30 @@ def write(folder: Path, connectome: Connectome, cfg: GPTConfig) -> None:
     fsync(folder)
 
 
+@functools.cache  # one copy a process, whatever happens to the repository
+def find(source: str | Path) -> Path:
+    """The folder itself, or a copy of a repository of the Hub (USER/NAME), in the Hub's own cache."""
+    folder = Path(source)
+    if folder.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[FILE, RECORD, REWIND_FILE]))
+    except Exception as error:  # no network, no such repository, no right to read it
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"connectome = {source} is no folder here and could not be fetched from the Hub ({reason}); give "
+            "what train_itp.py has made, such as out/NAME, or USER/NAME"
+        ) from None
+
+
 def check(folder: str | Path, cfg: GPTConfig, key: str = "connectome") -> dict[str, Any]:
-    """The record of a connectome that is whole and fits a model of this shape; else a UserError."""
-    folder = Path(folder)
+    """The record of a connectome that is whole and fits a model of this shape; else a UserError.
+
+    folder: of a connectome, of a run trained under one, or a repository of the Hub.
+    """
+    folder = find(folder)
     missing = [name for name in (FILE, RECORD) if not (folder / name).is_file()]
     if missing:
         what = f"is incomplete: it has no {missing[0]}" if len(missing) == 1 else "is no connectome"
@@ -234,7 +257,7 @@ def read(folder: str | Path, cfg: GPTConfig, key: str = "connectome") -> Connect
     from safetensors.torch import load_file
 
     about = check(folder, cfg, key)
-    return Connectome(load_file(Path(folder) / FILE), about)
+    return Connectome(load_file(find(folder) / FILE), about)
 
 
 def describe(connectome: Connectome) -> str:

@@ -15,6 +15,7 @@ from topogpt import topo, topography
 from topogpt.errors import UserError
 from topogpt.files import fsync, permit, write_json
 from topogpt.settings import N_VOCAB
+from topogpt.sharing import sparse as masks
 
 if TYPE_CHECKING:
     from topogpt.model.gpt import GPT
@@ -29,21 +30,23 @@ def export(
     *,
     repo_id: str | None = None,
     vocab_dir: str | None = None,
+    sparse: bool = False,
     say: Any = print,
 ) -> Path:
     """Export a checkpoint (best, last, step-N) of a run, and return the folder; raises UserError.
 
-    repo_id is the repository that the model card names. The folder appears, or replaces an older export, only
-    once it has passed `prove`.
+    repo_id is the repository that the model card names; sparse adds masks and values (sparse.py). The folder
+    appears, or replaces an older export, only once it has passed `prove`.
     """
     from topogpt.runs.checkpoint import load_run
 
     run = Path(run)
     target = Path(out) if out else run / "hf"
     check_replaceable(target)
-    return write_folder(
-        target, run, load_run(run, which), dtype, repo_id=repo_id, vocab_dir=vocab_dir, say=say
-    )
+    if sparse:
+        masks.check(run)
+    about = {"repo_id": repo_id, "vocab_dir": vocab_dir, "sparse": sparse, "say": say}
+    return write_folder(target, run, load_run(run, which), dtype, **about)
 
 
 def write_folder(
@@ -54,6 +57,7 @@ def write_folder(
     *,
     repo_id: str | None = None,
     vocab_dir: str | None = None,
+    sparse: bool = False,
     say: Any = print,
 ) -> Path:
     """Export what was loaded from a run, or made from that: its model is on the CPU."""
@@ -69,6 +73,8 @@ def write_folder(
     try:
         part.mkdir(parents=True)
         write_weights(part, loaded.model, dtype)
+        if sparse:
+            say(masks.write(part, run, loaded.model.cfg))
         write_config(part, loaded, dtype)
         write_topography(part, loaded)
         eot = words.eot if words else None

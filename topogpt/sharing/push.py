@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from topogpt.errors import UserError
+from topogpt.model import connectome
 from topogpt.retry import PASSING, status, with_retries
+from topogpt.sharing import wirings
 
 Result = TypeVar("Result")
 Say = Callable[[str], Any]
@@ -65,13 +67,13 @@ def push(
 ) -> str:
     """Make repo_id hold the exported folder, tagged step-N, and return its address; raises PushFailed.
 
-    `step` is the folder's own unless given. Files of the repository that the folder does not have are kept.
+    A connectome is tagged generation-N. `step` is the folder's own unless given. Files of the repository that
+    the folder does not have are kept.
     """
     from huggingface_hub import HfApi
 
     folder = Path(folder)
-    facts = check_folder(folder)
-    step = facts["step"] if step is None else step
+    version = check_folder(folder) if step is None else f"step-{step}"
     remedy = f"{folder} is complete; push it later with: {later(folder, repo_id, private)}"
     if not has_token():
         raise PushFailed(f"push_to_hf = {repo_id}: no token of the Hub was found; {LOG_IN}; {remedy}")
@@ -85,9 +87,9 @@ def push(
         do("creating the repository", create)
         info = do("looking at the repository", lambda: api.model_info(repo_id))
         check_ours(info, folder, repo_id, private)
-        content = {"folder_path": folder, "commit_message": f"step {step:,}"}
+        content = {"folder_path": folder, "commit_message": version.replace("-", " ")}
         commit = do("uploading", partial(api.upload_folder, repo_id=repo_id, **content))
-        do("tagging", lambda: tag(api, repo_id, f"step-{step}", commit.oid))
+        do("tagging", lambda: tag(api, repo_id, version, commit.oid))
     return f"{api.endpoint}/{repo_id}"
 
 
@@ -107,8 +109,10 @@ def tag(api: Any, repo_id: str, name: str, commit: str) -> None:
     api.create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """Refuse what is no whole export; return its topography.json."""
+def check_folder(folder: Path) -> str:
+    """Refuse what is no whole export; return the tag of its version."""
+    if wirings.is_connectome(folder):
+        return f"generation-{wirings.check(folder).get('generation', 0)}"
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} has no {missing[0]}; give an exported folder, such as out/NAME/hf")
@@ -117,7 +121,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         facts = json.loads((folder / "topography.json").read_text(encoding="utf-8"))
         words = folder / "vocab.json"
         n_words = len(json.loads(words.read_text(encoding="utf-8"))) if words.is_file() else None
-        n_vocab, _ = config["vocab_size"], facts["step"]
+        n_vocab, step = config["vocab_size"], facts["step"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}); export it again") from None
     if n_words not in (None, n_vocab):
@@ -125,13 +129,17 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"{folder} has {n_words} words in vocab.json but vocab_size = {n_vocab} in config.json; "
             "export it again"
         )
-    return facts
+    return f"step-{step}"
 
 
 def check_ours(info: Any, folder: Path, repo_id: str, private: bool) -> None:
     """Refuse to overwrite somebody's other model, or to publish what should stay private."""
     there = {file.rfilename for file in info.siblings or ()} - {".gitattributes", "README.md"}
-    if there and "topography.json" not in there and not there <= {path.name for path in folder.iterdir()}:
+    if (
+        there
+        and not there & {"topography.json", connectome.RECORD}
+        and not there <= {path.name for path in folder.iterdir()}
+    ):
         raise PushFailed(
             f"push_to_hf = {repo_id} is a repository with other files ({sorted(there)[0]}), no export of "
             "ours; choose another name"

@@ -60,7 +60,7 @@ def check(cfg: TrainConfig) -> Checked:
 def check_connectome(cfg: TrainConfig) -> str:
     """SHA-256 of the connectome that is inherited."""
     found = connectome.check(cfg.connectome, cfg.model)
-    if cfg.inherit == "rewind" and not (Path(cfg.connectome) / connectome.REWIND_FILE).is_file():
+    if cfg.inherit == "rewind" and not (connectome.find(cfg.connectome) / connectome.REWIND_FILE).is_file():
         raise UserError(
             f"inherit = rewind: {cfg.connectome} has no {connectome.REWIND_FILE}; train_itp.py --inherit "
             "rewind keeps one, or give --inherit signs"

@@ -88,7 +88,7 @@ def connectome_of(cfg: TrainConfig, model: GPT, resume_from: Path | None) -> con
         return None
     if resume_from:  # its own copy: a random wiring is nowhere else
         return connectome.read(resume_from.parents[1], cfg.model)
-    values = Path(cfg.connectome) / connectome.REWIND_FILE
+    values = connectome.find(cfg.connectome) / connectome.REWIND_FILE
     rewind = checkpoint.read_tensors(values) if cfg.inherit == "rewind" else None
     found = connectome.read(cfg.connectome, cfg.model)
     return connectome.inherit(model, found, cfg.inherit, cfg.seed, rewind)
