@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,15 +169,14 @@ def show(cfg: ItpConfig, root: Path, rows: list[dict[str, Any]]) -> None:
     guess = math.log(cfg.model.n_vocab)
     print_table(head, [*lines, ["blind guess", None, guess, None, guess, guess, guess]])
     say(f"(loss: nats per token on {cfg.val_tokens:,} validation tokens; random wiring: as sparse)")
-    say(f"written: {root / connectome.FILE}, {root / 'itp.json'}")
-    try:
-        draw(root, rows, guess)
-    except ModuleNotFoundError:
-        return
-    say(f"written: {root / 'itp.png'}; next: python train.py --run_name NAME --connectome {root}")
+    pictures = [root / "itp.png"] if find_spec("matplotlib") else []
+    for path in pictures:
+        draw(path, rows, guess)
+    say("written: " + ", ".join(map(str, [root / connectome.FILE, root / "itp.json", *pictures])))
+    say(f"next: python train.py CONFIG --run_name NAME --connectome {root}, and again with --inherit random")
 
 
-def draw(root: Path, rows: list[dict[str, Any]], guess: float) -> None:
+def draw(path: Path, rows: list[dict[str, Any]], guess: float) -> None:
     """Sparsity and losses by generation."""
     from topogpt import drawing
 
@@ -194,7 +194,7 @@ def draw(root: Path, rows: list[dict[str, Any]], guess: float) -> None:
     for axis in (left, right):
         axis.set_xticks(numbers)
         axis.spines[["top", "right"]].set_visible(False)
-    drawing.save(figure, root / "itp.png")
+    drawing.save(figure, path)
 
 
 if __name__ == "__main__":

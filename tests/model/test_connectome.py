@@ -230,6 +230,9 @@ def test_mistakes_are_one_line(folder):
     torn = folder / "torn"
     torn.mkdir()
     (torn / connectome.FILE).write_bytes(b"")
+    growing = folder / "growing"
+    growing.mkdir()
+    (growing / "itp.json").write_text("{}")
     damaged = folder / "damaged"
     grown(folder, "damaged")
     (damaged / connectome.FILE).write_bytes(b"nothing")
@@ -239,6 +242,7 @@ def test_mistakes_are_one_line(folder):
         ({"connectome": "nowhere"}, "connectome = nowhere does not exist"),
         ({"connectome": str(folder)}, "is no connectome; give what train_itp.py"),
         ({"connectome": str(torn)}, "torn is incomplete: it has no connectome.json"),
+        ({"connectome": str(growing)}, "growing has generations still to come: go on with train_itp.py"),
         ({"connectome": str(damaged)}, "damaged is damaged"),
         ({"connectome": grown(folder, "deep", n_layer=2)}, "has n_layer 2, but model.n_layer = 1"),
         ({"connectome": grown(folder, "untied", tied=False)}, "has tied False.*give --model.no_tied"),

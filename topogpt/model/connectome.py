@@ -232,6 +232,8 @@ def check(folder: str | Path, cfg: GPTConfig, key: str = "connectome") -> dict[s
     missing = [name for name in (FILE, RECORD) if not (folder / name).is_file()]
     if missing:
         what = f"is incomplete: it has no {missing[0]}" if len(missing) == 1 else "is no connectome"
+        if (folder / "itp.json").is_file():
+            what = "has generations still to come: go on with train_itp.py --resume"
         what = what if folder.is_dir() else "does not exist"
         raise UserError(
             f"{key} = {folder} {what}; give what train_itp.py has made, such as out/NAME, or a run trained "
