@@ -68,7 +68,7 @@ def parse_all(cls: type[Config], argv: list[str], prog: str | None) -> Config:
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            explain(cls, groups, known, ["-"] * n_by_place)
+            explain(groups, known)
             raise UserError(f"command line: {first_sentence(said.getvalue())}") from None
 
 
@@ -97,9 +97,7 @@ def check_values(given: Given, known: dict[str, dataclasses.Field]) -> None:
     field = known.get(flag.removeprefix("--").replace("-", "_"))
     whole = field is not None and (field.type is int or set(get_args(field.type)) & {int})
     for text in values:
-        if "\0" in text or re.search(
-            "[\ud800-\udc7f\udd00-\udfff]", text
-        ):  # the others are a file name's bytes
+        if re.search("[\0\ud800-\udc7f\udd00-\udfff]", text):  # the others are bytes of a file's name
             raise UserError(f"{given.where}: {flag} holds NUL or half a character; correct {text!r}")
         if whole and re.fullmatch(rf"[-+]?\d{{{MAX_DIGITS + 1},}}", text.replace("_", "")):
             raise UserError(
@@ -107,31 +105,30 @@ def check_values(given: Given, known: dict[str, dataclasses.Field]) -> None:
             )
 
 
-def explain(cls: type, groups: list[Given], known: dict[str, dataclasses.Field], before: list[str]) -> None:
-    """Raise a UserError for the first flag that tyro does not take on its own."""
+def explain(groups: list[Given], known: dict[str, dataclasses.Field]) -> None:
+    """Raise a UserError for the first flag whose value tyro does not take, in a class of its own."""
     import tyro
 
     for where, arguments in groups:
         if not is_flag(arguments[0]):
             continue
-        try:
-            tyro.cli(
-                cls, args=before + arguments, use_underscores=True, console_outputs=False, config=by_place()
+        flag, joined, value = arguments[0].partition("=")
+        values = [value] * bool(joined) + arguments[1:]
+        name = flag.removeprefix("--").replace("-", "_")
+        kind = known[name].type if name in known else bool
+        if kind is bool and values:
+            name = name.replace("no_", "")
+            raise UserError(
+                f"{where}: {flag} takes no value, but got {' '.join(values)}; use --{name} or --no_{name}"
             )
-        except UserError:
-            pass  # its value is understood; what it clashes with is another matter
+        if kind is bool or (kind is str and len(values) == 1):
+            continue  # without a look, which takes milliseconds
+        try:
+            alone = dataclasses.make_dataclass("Alone", [("value", kind, dataclasses.field(default=None))])
+            tyro.cli(alone, args=[f"--value{joined}{value}", *arguments[1:]], console_outputs=False)
         except SystemExit:
-            flag, _, value = arguments[0].partition("=")
-            values = ([value] if value else []) + arguments[1:]
-            name = flag.removeprefix("--").replace("-", "_")
-            if name not in known or known[name].type is bool:
-                name = name.replace("no_", "")
-                raise UserError(
-                    f"{where}: {flag} takes no value, but got {' '.join(values)}; use --{name} or --no_{name}"
-                ) from None
-            wanted = describe_type(known[name].type)
             given = " ".join(values) or "nothing"
-            raise UserError(f"{where}: {flag} must be {wanted}, not {given}") from None
+            raise UserError(f"{where}: {flag} must be {describe_type(kind)}, not {given}") from None
 
 
 def describe_type(kind: Any) -> str:

@@ -131,9 +131,8 @@ def read_manifests(folders: set[Path]) -> dict[Path, tuple[Path, dict]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{manifest} is broken ({type(error).__name__}: {error!s:.150}); {REMAKE}"
-            ) from None
+            reason = f"{type(error).__name__}: {error!s:.150}"
+            raise UserError(f"{manifest} is broken ({reason}); {REMAKE}") from None
     return listed
 
 
