@@ -69,7 +69,8 @@ def make(cfg: PrepareConfig) -> bool:
     n_workers = cfg.num_proc or max(1, n_cores // ranks.local_world)
     default = (0.05 if cfg.source == ("pydoc",) else 0.01) if cfg.source else 0.0005
     val_fraction = default if cfg.val_fraction is None else cfg.val_fraction
-    parts = Parts(out / ".parts", Settings(cfg.text_column, val_fraction, prepared.VOCABULARY))
+    settings = Settings(cfg.text_column, val_fraction, prepared.VOCABULARY, cfg.skip_broken)
+    parts = Parts(out / ".parts", settings)
     with prepared.locked(out, ranks.rank):
         vocab_dir = str(vocabulary.find(cfg.vocab_dir))
         if (out / "manifest.json").exists():
@@ -100,7 +101,8 @@ def open_source(cfg: PrepareConfig, parts: Parts, ranks: Place, n_threads: int) 
     if cfg.source == ("pydoc",):
         return PythonDocs(parts.folder / f"rank-{ranks.rank}")
     if cfg.source:
-        return Files(cfg.source, cfg.text_column, in_order=bool(cfg.max_tokens), n_threads=n_threads)
+        how = {"in_order": bool(cfg.max_tokens), "n_threads": n_threads, "skip_broken": cfg.skip_broken}
+        return Files(cfg.source, cfg.text_column, **how)
     return (hub_sources.Stream if cfg.dataset else hub_sources.FineWeb)(cfg, parts.read)
 
 
@@ -142,10 +144,12 @@ def make_shards(cfg: PrepareConfig, source: Any, parts: Parts, pool: Executor, r
             pool.submit(work, units[-1]).result()
         total = add_counts([parts.read(unit) for unit in units])
     if not total.n_documents:
-        found = prepared.skipped_words(total.skipped)
+        found = prepared.skipped_words(total.skipped | {"broken lines": total.damage["broken"]})
         raise UserError(f"no document with text was found: {found}; check the text and --text_column")
     shards = assemble(pool, units, parts, source.name, cfg.shard_size)
-    documents = total.documents | {"skipped": total.skipped}
+    damage = {key: n for key, n in total.damage.items() if n}  # mostly none
+    broken = {"broken": damage.pop("broken")} if "broken" in damage else {}
+    documents = total.documents | {"skipped": total.skipped | broken} | damage
     return {"shards": shards, "documents": documents, "tokens": total.tokens}
 
 

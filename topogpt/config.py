@@ -124,7 +124,7 @@ def explain(groups: list[Given], known: dict[str, dataclasses.Field]) -> None:
         if kind is bool or (kind is str and len(values) == 1):
             continue  # without a look, which takes milliseconds
         try:
-            alone = dataclasses.make_dataclass("Alone", [("value", kind, dataclasses.field(default=None))])
+            alone = dataclasses.make_dataclass("Alone", [("value", kind)])
             tyro.cli(alone, args=[f"--value{joined}{value}", *arguments[1:]], console_outputs=False)
         except SystemExit:
             given = " ".join(values) or "nothing"

@@ -35,7 +35,7 @@ class Checked(NamedTuple):
 
 def check(cfg: TrainConfig) -> Checked:
     """Raise UserError for what would stop the run later on; open the data."""
-    rank, world, _ = read_place()
+    rank, world, *_ = read_place()
     check_batch_size(cfg, world)
     if cfg.lora_rank:
         layers_to_adapt(cfg.model, cfg.lora_modules, cfg.lora_rank)
