@@ -67,9 +67,8 @@ class AsUtf8(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self.text.read(len(buffer) // 4).encode(
-            "utf-8", "surrogatepass"
-        )  # 4 bytes a character at most
+        # a character is 4 bytes at most
+        piece = self.text.read(len(buffer) // 4).encode("utf-8", "surrogatepass")
         buffer[: len(piece)] = piece
         return len(piece)
 

@@ -93,7 +93,9 @@ def check_no_strangers(out: Path) -> None:
         for path in (shard, *leftovers(shard)):
             path.unlink(missing_ok=True)
     if strangers := sorted(out.glob("train/*.bin")) + sorted(out.glob("val/*.bin")):
-        which = f"holds {len(strangers)} shards that are in no manifest (first: {strangers[0]})"
+        which = (
+            f"holds {strangers[0].name}, which is in no manifest, and {len(strangers) - 1} other such shards"
+        )
         remedy = f"delete {out / 'train'} and {out / 'val'}, or choose another --out_dir"
         raise UserError(f"out_dir = {out} {which}; {remedy}")
 

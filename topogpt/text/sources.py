@@ -246,12 +246,7 @@ def reading(unit: Unit) -> Iterator[None]:
 
     try:
         yield
-    except (
-        pa.ArrowException,
-        OSError,
-        EOFError,
-        zlib.error,
-    ) as error:  # EOFError: a gzip file that is cut off
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:  # EOFError: a cut gzip file
         check_unchanged(unit)
         raise unreadable(unit.path, error) from None
 
