@@ -12,6 +12,7 @@ A source divides its text into units; workers tokenise them into part files, and
 
 import errno
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ from typing import Any
 
 from topogpt.config import parse
 from topogpt.errors import UserError, run_main
-from topogpt.files import write_json
+from topogpt.files import read_json, write_json
 from topogpt.ranks import Place, read_place
-from topogpt.settings import PrepareConfig
+from topogpt.settings import PrepareConfig, TrainConfig
 from topogpt.terminal import say
 from topogpt.text import hub_sources, prepared, vocabulary
 from topogpt.text.parts import (
@@ -41,12 +42,27 @@ from topogpt.text.parts import (
 from topogpt.text.python_docs import PythonDocs
 from topogpt.text.sources import Files, Unit
 
+MANY_TOKENS = 10**9  # from here on a model of full size has something to learn
+MAX_EPOCHS = 10  # of a small text
+
 
 def main(argv: list[str]) -> None:
     cfg = parse(PrepareConfig, argv, prog="prepare_fineweb.py")
     if prepare(cfg):
-        train, val = (Path(cfg.out_dir, split) for split in ("train", "val"))
-        say(f"next: python train.py --run_name NAME --train_data_dir {train} --val_data_dir {val}")
+        say(next_command(Path(cfg.out_dir)))
+
+
+def next_command(out: Path) -> str:
+    """What to type next: a config whose size fits the text, for no more than MAX_EPOCHS of it."""
+    n_tokens = read_json(out / "manifest.json")["tokens"]["train"]
+    name = "topolm_10b.yaml" if n_tokens >= MANY_TOKENS else "debug.yaml"
+    run = parse(TrainConfig, [str(Path(__file__).parent / "configs" / name), "--run_name", "NAME"])
+    per_step = run.batch_size * run.model.block_size
+    n_steps = max(1, min(run.max_steps, MAX_EPOCHS * n_tokens // per_step))
+    limit = f" --max_steps {n_steps}" if n_steps < run.max_steps else ""
+    data = " ".join(f"--{split}_data_dir {shlex.quote(str(out / split))}" for split in ("train", "val"))
+    epochs = f"{n_steps:,} steps: {n_steps * per_step / max(n_tokens, 1):.1f} epochs of this text"
+    return f"next: python train.py configs/{name} --run_name NAME {data}{limit}   # {epochs}"
 
 
 def prepare(cfg: PrepareConfig) -> bool:

@@ -186,8 +186,8 @@ def check_claims(
         key, value = claimed[ours]
         if value != there:
             raise UserError(
-                f"{folder}/config.json: {key} = {value}, but the safetensors file holds {there}; get both again, "
-                "of one model"
+                f"{folder}/config.json: {key} = {value}, but the safetensors file holds {there}; "
+                "get both again, of one model"
             )
 
 
