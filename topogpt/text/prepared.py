@@ -162,9 +162,7 @@ def report(out: Path) -> None:
         f"skipped documents: {skipped_words(documents['skipped'])}"
     )
     if repaired := documents.get("repaired", 0):
-        share = (
-            f"{repaired:,} of {n_documents:,} documents hold bytes that are not UTF-8, which became U+FFFD"
-        )
+        share = f"{repaired:,} of {n_documents:,} documents hold bytes that are no UTF-8; these became U+FFFD"
         if repaired > MANY_REPAIRED * n_documents:
             share = f"warning: {share}; convert the text (iconv -f LATIN1 -t UTF-8) and prepare it again"
         say(share)
