@@ -1,4 +1,7 @@
-"""Whatever a config file or a command line holds: settings, or one short line, soon. pytest tests/test_config_fuzz.py"""
+"""Whatever a config file or a command line holds: settings, or one short line, soon.
+
+pytest tests/test_config_fuzz.py
+"""
 
 import os
 import time
@@ -19,7 +22,8 @@ KEYS = sorted(dict(flag_names(TrainConfig)))
 def outcome(path: Path, content: str | bytes, *flags: str) -> str:
     """The message that a file gets, or ""; it must be short, one line, and there soon."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    return outcome_of([str(path), "--run_name", "a", *flags])
+    name = [] if "run_name" in str(content) else ["--run_name", "a"]
+    return outcome_of([str(path), *name, *flags])
 
 
 def outcome_of(arguments: list[str], cls: type = TrainConfig) -> str:
@@ -29,8 +33,7 @@ def outcome_of(arguments: list[str], cls: type = TrainConfig) -> str:
         said = ""
     except UserError as error:
         said = str(error)
-        assert said.isprintable() or not said.isascii()
-        assert said and "\n" not in said and len(f"error: {said}") <= 300
+        assert said and not set(said) & set("\n\r\0\x1b") and len(f"error: {said}") <= 300
     assert time.process_time() - start < SECONDS
     return said
 
@@ -76,7 +79,7 @@ MISTAKES = {  # content -> what its line must hold
     "max_steps: 010": "not 010",
     "optim: {lr: 0_1}": "not 0_1",
     "max_steps: 0x10": "not 0x10",
-    "x" * 5000 + ": 1": "unknown key xxx",
+    "x" * 500 + ": 1": "unknown key xxx",
     "max_steps: " + "x" * 5000: "must be a whole number",
     "? {a: b}\n: c": "cannot be read",
     "max_steps: 1\n'max_steps': 2": "given twice",
@@ -109,9 +112,8 @@ def test_a_flag_for_a_switch_takes_no_value():
 
 
 scalars = st.one_of(
-    st.sampled_from(
-        ["010", "1:30", "1e400", ".inf", "-0", "~", "yes", "!!int x", "!!set {a}", "*a", "&a 1", "<<", "-3"]
-    ),
+    st.sampled_from("010 1:30 1e400 .inf -0 ~ yes !!set *a << -3 --seed=1".split()),
+    st.sampled_from(["!!int x", "!!set {a}", "&a 1"]),
     st.integers(-(10**30), 10**30).map(str),
     st.floats().map(str),
     st.text(max_size=8),

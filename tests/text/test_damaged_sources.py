@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import re
+import threading
 import types
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import texts
 from texts import make_documents, run, tokens_of, write_jsonl, write_parquet
 
 import prepare_fineweb
-from topogpt import files, terminal
+from topogpt import files
 from topogpt.errors import UserError
 from topogpt.text import hub_sources, parts, prepared, sources
 
@@ -88,9 +89,8 @@ def test_what_was_prepared_of_the_old_file_is_not_mixed_with_the_new(tmp_path, c
 def test_byte_order_marks_are_honoured(tmp_path, gpt2, encoding, name):
     text = "caf\u00e9 \u6f22\u5b57 \U0001f600\r\n" * 2000  # of several units
     marks = {"utf-16-be": codecs.BOM_UTF16_BE, "utf-16-le": codecs.BOM_UTF16_LE}
-    content = (
-        "\n".join(json.dumps({"text": text}, ensure_ascii=False) for _ in "ab") if "json" in name else text
-    )
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    content = f"{row}\n{row}" if "json" in name else text
     data = marks.get(encoding, b"") + content.encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     manifest = run(tmp_path / "out", "--source", tmp_path / name, "--val_fraction", 0)
@@ -152,21 +152,17 @@ def test_a_broken_line_stops_with_its_number(tmp_path, with_broken_lines, compre
         run(tmp_path / "out", "--source", path)
 
 
-def test_broken_lines_are_skipped_and_counted_where_that_is_asked(tmp_path, with_broken_lines, capsys):
+def test_broken_lines_are_skipped_and_counted_where_that_is_asked(
+    tmp_path, with_broken_lines, capsys, monkeypatch
+):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="line 70"):
         run(out, "--source", with_broken_lines)
     kept = len(list(out.glob(".parts/*.json")))
     assert kept > 1
     before = {path: path.stat().st_mtime_ns for path in out.glob(".parts/*-*.json")}
-    prepare_fineweb.shutil, rmtree = (
-        types.SimpleNamespace(rmtree=lambda *a, **o: None),
-        prepare_fineweb.shutil,
-    )
-    try:
-        manifest = run(out, "--source", with_broken_lines, "--skip_broken")
-    finally:
-        prepare_fineweb.shutil = rmtree
+    monkeypatch.setattr(prepare_fineweb.shutil, "rmtree", lambda *args, **options: None)  # of the parts
+    manifest = run(out, "--source", with_broken_lines, "--skip_broken")
     assert before.items() <= {p: p.stat().st_mtime_ns for p in before}.items(), "what was finished is kept"
     assert manifest["documents"]["skipped"] == {"null": 0, "empty": 0, "not_text": 0, "broken": 2}
     assert "2 broken" in capsys.readouterr().out
@@ -199,10 +195,7 @@ UNREADABLE = {
     "none.jsonl.gz": (lambda p: p.write_text('{"text": "a"}\n'), "cannot be read"),
     "none.txt.gz": (lambda p: p.write_text("text"), "cannot be read"),
     "none.jsonl.zst": (lambda p: p.write_text('{"text": "a"}\n'), "cannot be read"),
-    "bits.jsonl.gz": (
-        lambda p: p.write_bytes(gzip.compress(b"{}" * 999)[:12] + b"\xff" * 40),
-        "cannot be read",
-    ),
+    "bits.jsonl.gz": (lambda p: p.write_bytes(gzip.compress(b"x")[:12] + b"\xff" * 40), "cannot be read"),
     "pipe.txt": (os.mkfifo, "is no file"),
     "twice.parquet": (lambda p: doubled(["text", "text"], p), "2 columns called text"),
     "ids.parquet": (lambda p: doubled(["text", "id", "id"], p), "2 columns called id"),
@@ -296,27 +289,24 @@ def test_a_name_of_the_hub_that_leads_elsewhere_is_refused(tmp_path, hub, name):
 def test_a_plan_that_leads_elsewhere_deletes_nothing(tmp_path, hub, monkeypatch):
     victim = tmp_path / "victim.parquet"
     victim.write_bytes(hub.good)
-    make_shards, out = prepare_fineweb.make_shards, tmp_path / "out"
+    out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(prepare_fineweb, "make_shards", lambda *args: {}["stop"])
-        run(out)
-    assert make_shards
+        patch.setattr(parts, "work", lambda unit: {}["stop"])
+        run(out, "--delete_source")
     plan = out / ".parts" / "00000.units.json"
     content = json.loads(plan.read_text())
     for unit in content["units"]:
         unit["path"] = str(victim)
-    plan.write_text(json.dumps(content).replace('"origin": "a', '"origin": "a'))
-    run(out)
-    source = hub_sources.FineWeb  # what is deleted is the file of the list, never the one of the plan
-    assert victim.exists() and source
+    plan.write_text(json.dumps(content))
+    run(out, "--delete_source")
+    assert victim.exists() and not list((out / "source").rglob("*.parquet"))
 
 
 # ---- what lies in the folder -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["../victim.txt", "/etc/victim.txt", "victim.txt", "train/../victim.txt", "manifest.json", 3, None],
+    "name", ["../victim.txt", "/etc/victim.txt", "victim.txt", "train/../victim.txt", "train/x.txt", 3]
 )
 def test_an_assembly_deletes_shards_alone(tmp_path, corpus, name):
     out = tmp_path / "out"
@@ -363,9 +353,7 @@ def test_the_remedy_for_a_damaged_shard_works_as_it_is_written(tmp_path, corpus)
     before = texts.bytes_of(out)
     shard = min(out.glob("train/*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(
-        UserError, match="missing or damaged; delete (.*?), (.*?) and (.*?), and run"
-    ) as error:
+    with pytest.raises(UserError, match="missing or damaged") as error:
         run(out, "--source", corpus)
     for name in re.search(r"delete (.*?), (.*?) and (.*?), and run", str(error.value)).groups():
         prepare_fineweb.shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
@@ -409,12 +397,12 @@ def test_hashing_and_making_shards_show_progress(tmp_path, corpus, monkeypatch):
     for module in (sources, parts):
         monkeypatch.setattr(module, "progress", lambda items, what, *n: shown.append(what) or items)
     run(tmp_path / "out", "--source", corpus)
-    assert set(shown) == {"files hashed", "shards"} and terminal.progress
+    assert set(shown) == {"files hashed", "shards"}
 
 
 def test_a_long_download_is_said_now_and_then(tmp_path, hub, monkeypatch, capsys):
     monkeypatch.setattr(hub_sources, "LOG_SECONDS", 0.01)
-    download, sleep = hub.download, __import__("threading").Event()
+    download, sleep = hub.download, threading.Event()
 
     def slowly(*args, **options):
         sleep.wait(0.2)
