@@ -12,6 +12,7 @@ A source divides its text into units; workers tokenise them into part files, and
 
 import errno
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ from typing import Any
 
 from topogpt.config import parse
 from topogpt.errors import UserError, run_main
-from topogpt.files import write_json
+from topogpt.files import read_json, write_json
 from topogpt.ranks import Place, read_place
-from topogpt.settings import PrepareConfig
+from topogpt.settings import PrepareConfig, TrainConfig
 from topogpt.terminal import say
 from topogpt.text import hub_sources, prepared, vocabulary
 from topogpt.text.parts import (
@@ -41,12 +42,27 @@ from topogpt.text.parts import (
 from topogpt.text.python_docs import PythonDocs
 from topogpt.text.sources import Files, Unit
 
+MANY_TOKENS = 10**9  # from here on a model of full size has something to learn
+MAX_EPOCHS = 10  # of a small text
+
 
 def main(argv: list[str]) -> None:
     cfg = parse(PrepareConfig, argv, prog="prepare_fineweb.py")
     if prepare(cfg):
-        train, val = (Path(cfg.out_dir, split) for split in ("train", "val"))
-        say(f"next: python train.py --run_name NAME --train_data_dir {train} --val_data_dir {val}")
+        say(next_command(Path(cfg.out_dir)))
+
+
+def next_command(out: Path) -> str:
+    """What to type next: a config whose size fits the text, for no more than MAX_EPOCHS of it."""
+    n_tokens = read_json(out / "manifest.json")["tokens"]["train"]
+    name = "topolm_10b.yaml" if n_tokens >= MANY_TOKENS else "debug.yaml"
+    run = parse(TrainConfig, [str(Path(__file__).parent / "configs" / name), "--run_name", "NAME"])
+    per_step = run.batch_size * run.model.block_size
+    n_steps = max(1, min(run.max_steps, MAX_EPOCHS * n_tokens // per_step))
+    limit = f" --max_steps {n_steps}" if n_steps < run.max_steps else ""
+    data = " ".join(f"--{split}_data_dir {shlex.quote(str(out / split))}" for split in ("train", "val"))
+    epochs = f"{n_steps:,} steps: {n_steps * per_step / max(n_tokens, 1):.1f} epochs of this text"
+    return f"next: python train.py configs/{name} --run_name NAME {data}{limit}   # {epochs}"
 
 
 def prepare(cfg: PrepareConfig) -> bool:
@@ -69,7 +85,8 @@ def make(cfg: PrepareConfig) -> bool:
     n_workers = cfg.num_proc or max(1, n_cores // ranks.local_world)
     default = (0.05 if cfg.source == ("pydoc",) else 0.01) if cfg.source else 0.0005
     val_fraction = default if cfg.val_fraction is None else cfg.val_fraction
-    parts = Parts(out / ".parts", Settings(cfg.text_column, val_fraction, prepared.VOCABULARY))
+    settings = Settings(cfg.text_column, val_fraction, prepared.VOCABULARY, cfg.skip_broken)
+    parts = Parts(out / ".parts", settings)
     with prepared.locked(out, ranks.rank):
         vocab_dir = str(vocabulary.find(cfg.vocab_dir))
         if (out / "manifest.json").exists():
@@ -100,7 +117,8 @@ def open_source(cfg: PrepareConfig, parts: Parts, ranks: Place, n_threads: int) 
     if cfg.source == ("pydoc",):
         return PythonDocs(parts.folder / f"rank-{ranks.rank}")
     if cfg.source:
-        return Files(cfg.source, cfg.text_column, in_order=bool(cfg.max_tokens), n_threads=n_threads)
+        how = {"in_order": bool(cfg.max_tokens), "n_threads": n_threads, "skip_broken": cfg.skip_broken}
+        return Files(cfg.source, cfg.text_column, **how)
     return (hub_sources.Stream if cfg.dataset else hub_sources.FineWeb)(cfg, parts.read)
 
 
@@ -142,10 +160,12 @@ def make_shards(cfg: PrepareConfig, source: Any, parts: Parts, pool: Executor, r
             pool.submit(work, units[-1]).result()
         total = add_counts([parts.read(unit) for unit in units])
     if not total.n_documents:
-        found = prepared.skipped_words(total.skipped)
+        found = prepared.skipped_words(total.skipped | {"broken lines": total.damage["broken"]})
         raise UserError(f"no document with text was found: {found}; check the text and --text_column")
     shards = assemble(pool, units, parts, source.name, cfg.shard_size)
-    documents = total.documents | {"skipped": total.skipped}
+    damage = {key: n for key, n in total.damage.items() if n}  # mostly none
+    broken = {"broken": damage.pop("broken")} if "broken" in damage else {}
+    documents = total.documents | {"skipped": total.skipped | broken} | damage
     return {"shards": shards, "documents": documents, "tokens": total.tokens}
 
 

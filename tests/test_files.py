@@ -43,3 +43,17 @@ def test_what_a_killed_process_left_of_a_file_is_found(tmp_path):
     (tmp_path / ".a.bin.other.tmp").write_text("of another file")
     (left,) = files.leftovers(tmp_path / "[a].bin")
     assert left.read_text() == "x" and not (tmp_path / "[a].bin").exists()
+
+
+@pytest.mark.parametrize("name", ["a.bin", "train/a.bin", "caf\u00e9/..a"])
+def test_a_name_read_from_a_file_stays_below_its_folder(tmp_path, name):
+    assert files.inside(tmp_path, name) == tmp_path / name
+
+
+WRONG = ["", ".", "..", "../a", "a/../../b", "/a", "a//b", "a/", "./a", "a\\b", "C:a", "a\0", "a\n", 3, None]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="is no file below"):
+        files.inside(tmp_path, name)

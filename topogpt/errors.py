@@ -1,22 +1,28 @@
 """What happens to a user's mistake: one line, exit code 2, no traceback."""
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+
+CONTROL = dict.fromkeys([*range(32), *range(127, 160)], " ")  # characters that move a terminal's cursor
 
 
 class UserError(Exception):
     """A mistake of the user: one line naming the key or file, the value and the remedy; exit code 2.
 
-    No ValueError, as tyro would take those for its own.
+    No ValueError, as tyro would take those for its own. What a file or a person gave may hold line breaks and
+    control characters; here they become blanks.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.translate(CONTROL).split()))
 
 
 def check_at_least(key: str, value: float, minimum: float) -> None:
-    if not (math.isfinite(value) and value >= minimum):
-        raise UserError(f"{key} = {value} must be a finite number of at least {minimum}")
+    if not minimum <= value < 2**53:  # whole numbers beyond are none to JSON and YAML
+        below = " and below 2**53" if value >= 2**53 else ""
+        raise UserError(f"{key} = {value} must be a finite number of at least {minimum}{below}")
 
 
 @contextlib.contextmanager

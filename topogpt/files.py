@@ -39,6 +39,18 @@ def whole(path: Path, *, first: bool = False) -> Iterator[Path]:
         raise
 
 
+def inside(folder: Path, name: Any) -> Path:
+    """The path of a file below a folder, of a name that was read from a file or comes from the Hub.
+
+    Whatever such a name opens, replaces or deletes lies below the folder. Raises ValueError for anything that
+    is no relative path downwards, as it is written: links that a person has laid are followed.
+    """
+    is_name = isinstance(name, str) and name.isprintable() and not set(name) & set("\\:")
+    if not is_name or name.startswith("/") or set(name.split("/")) & {"", ".", ".."}:
+        raise ValueError(f"{name!r:.100} is no file below {folder}")
+    return folder / name
+
+
 def leftovers(path: Path) -> list[Path]:
     """What processes that were killed while they wrote this file have left."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
@@ -62,8 +74,8 @@ def write_json(path: Path, content: Any, indent: int | None = 1, *, first: bool 
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; an empty one where there is no such file, or it holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -9,6 +9,7 @@ from topogpt.errors import UserError, check_at_least
 
 OBJECTIVES = ("topolm", "toponets", "neighbour", "wiring")  # spatial losses: a file of topogpt/spatial each
 COMPRESSIONS = ("downsample", "every_nth", "units", "l1")  # methods of model/compress.py
+MODEL_SIZES = ("n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size")
 N_VOCAB = 50257  # GPT-2's tokens; an embedding has more rows, as padding
 
 
@@ -32,8 +33,13 @@ class GPTConfig:
     scale_attention: bool = False  # attention writes 1 / sqrt(2 * n_layer) of itself into the stream
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        sizes = [name for name in MODEL_SIZES if getattr(self, name) is not None]
+        for name in sizes:
             check_at_least(f"model.{name}", getattr(self, name), 1)
+        rows = self.vocab_size + self.block_size + self.n_layer * (4 * self.n_embd + 2 * self.n_hidden)
+        if rows * self.n_embd > 10**12 or self.n_layer > 10_000:  # a trillion weights
+            made = ", ".join(f"{name} = {getattr(self, name)}" for name in sizes)
+            raise UserError(f"model: {made} make a model that no machine holds; choose smaller ones")
         if self.n_embd % self.n_head:
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.n_head))
@@ -48,8 +54,6 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout = {self.dropout} must be at least 0 and below 1")
-        if self.n_inner is not None:
-            check_at_least("model.n_inner", self.n_inner, 1)
 
     @property
     def n_vocab(self) -> int:
@@ -112,10 +116,7 @@ class TopoConfig:
                 f"topo.weight_schedule = {self.weight_schedule}; use --topo.weight_schedule linear"
             )
         if warms_up and not self.weight_warmup_steps:
-            raise UserError(
-                f"topo.weight_schedule = {self.weight_schedule} has no effect without "
-                "--topo.weight_warmup_steps"
-            )
+            raise UserError(f"topo.weight_schedule = {self.weight_schedule} needs --topo.weight_warmup_steps")
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -168,16 +169,12 @@ class OptimConfig:
         if self.muon_lr is not None and not 0 < self.muon_lr < float("inf"):
             raise UserError(f"optim.muon_lr = {self.muon_lr} must be above 0")
         if self.muon_lr is not None and self.lr == 0:
-            raise UserError(
-                "optim.lr = 0 gives optim.muon_lr no schedule, which is its share of lr; give both"
-            )
+            raise UserError("optim.lr = 0 gives optim.muon_lr, a share of it, no schedule; give both")
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} = {getattr(self, name)} must be at least 0 and below 1")
         if self.min_lr > self.lr:
-            raise UserError(
-                f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; give a smaller --optim.min_lr"
-            )
+            raise UserError(f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; give a smaller one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +213,9 @@ class LoopConfig:
     lora_modules: tuple[str, ...] = ("*.attn.*", "*.mlp.*")  # patterns of the layers that get adapters
 
     def __post_init__(self) -> None:
-        if Path(self.run_name).name != self.run_name or self.run_name.startswith("."):
-            raise UserError(
-                f"run_name = {self.run_name} must be a plain name; the folder above it is --out_dir"
-            )
+        name = self.run_name
+        if Path(name).name != name or name[:1] == "." or not name.isprintable() or len(name) > 200:
+            raise UserError(f"run_name = {name} must be a plain name; the folder above it is --out_dir")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other; give one of them")
         for name in ("per_device_batch_size", "batch_size", "max_steps", "eval_every", "log_every"):
@@ -363,6 +359,7 @@ class PrepareConfig:
     shard_size: int = 100_000_000  # tokens in a shard; the last one is shorter
     val_fraction: float | None = None  # share in val; default: 0.0005, files of --source 0.01, pydoc 0.05
     num_proc: int | None = None  # worker processes; default: one per core
+    skip_broken: bool = False  # count lines of jsonl that are no JSON and go on, instead of ending there
     delete_source: bool = False  # delete each downloaded file once tokenised (never the files of --source)
     vocab_dir: str | None = None  # holds vocab.bpe and encoder.json; default: our cache, then download
 

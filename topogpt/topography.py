@@ -91,16 +91,16 @@ def read_topography(tensors: Path, facts: Path) -> Topography:
         said = said["config"]["topo"] if prefix else said
         if not found:
             raise ValueError("no positions")
+        order = {name: i for i, name in enumerate(said.get("sheets") or sorted(found, key=topo.sheet_order))}
+        distance = float(said.get("unit_distance_mm", 1.0))
         for sheet, position in found.items():
             if position.ndim != 2 or position.shape[1] != 2:
                 raise ValueError(f"{sheet} has shape {position.shape}, not (units, 2)")
             topo.units_by_cell(position)  # raises where two units share a cell
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{tensors} and {facts.name} cannot be read as a topography: {error}") from None
-    order = {name: i for i, name in enumerate(said.get("sheets") or sorted(found, key=topo.sheet_order))}
     found = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
     grid = topo.grid_of(next(iter(found.values())))
-    distance = float(said.get("unit_distance_mm", 1.0))
     return Topography(found, grid, distance, kind=said.get("positions"), seed=said.get("seed"))
 
 

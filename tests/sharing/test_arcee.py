@@ -268,7 +268,7 @@ SPOIL = {
     "no such weight": lambda f: edit_weights(f, lambda t: t.update({"model.gate": torch.ones(2)})),
     "damaged or missing": lambda f: (f / "model.safetensors").write_bytes(b""),
     "config.json cannot be read": lambda f: (f / "config.json").write_text(""),
-    "model_type = None": lambda f: (f / "config.json").write_text("[]"),
+    "holds a list, not an object": lambda f: (f / "config.json").write_text("[]"),
     "model_type = llama, but our GPT computes as gpt2 or arcee": lambda f: edit_config(f, model_type="llama"),
     "no number hidden_size": lambda f: edit_config(f, hidden_size=None),
     "no number num_attention_heads": lambda f: edit_config(f, num_attention_heads=0),

@@ -105,9 +105,9 @@ def test_documents_that_are_null_empty_or_no_text_are_skipped_and_counted(tmp_pa
     rows = [json.dumps({"text": text, "id": None}) for text in values] + ["", "[1]", '{"no": 1}', '"word"']
     (tmp_path / "c.jsonl").write_text("\n".join(rows))
     manifest = run(tmp_path / "out", "--source", tmp_path / "c.jsonl")
-    assert manifest["documents"]["skipped"] == {"null": 3, "empty": 1, "not_text": 5}
-    assert manifest["documents"]["train"] + manifest["documents"]["val"] == 3
-    assert "3 null, 1 empty, 5 not text" in capsys.readouterr().out
+    assert manifest["documents"]["skipped"] == {"null": 3, "empty": 2, "not_text": 5}
+    assert manifest["documents"]["train"] + manifest["documents"]["val"] == 2
+    assert "3 null, 2 empty, 5 not text" in capsys.readouterr().out
 
 
 def test_hostile_documents_are_tokenised(tmp_path, gpt2):
@@ -216,7 +216,7 @@ MISTAKES = {
     ),
     "a line that is not json": (
         lambda d: (d / "x.jsonl").write_text('{"text": "a"}\n{"text": \n') and ["--source", d / "x.jsonl"],
-        ["x.jsonl: the line at byte 14 is not JSON"],
+        ["x.jsonl: line 2 is not JSON", "--skip_broken"],
     ),
     "a parquet file that is none": (
         lambda d: (d / "x.parquet").write_text("PAR1" * 9) and ["--source", d / "x.parquet"],

@@ -44,6 +44,10 @@ def workplace(folder) -> Path:
     tiny.write_shard(folder / "beyond" / "bad.bin", np.array([1, 2, 64, 3] * 20))
     tiny.write_shard(folder / "short" / "bad.bin", np.arange(16))
     tiny.write_shard(folder / "other_data" / "good.bin", np.arange(4001) % 60)
+    for name in ("pipe/a.bin", "piped/manifest.json"):
+        (folder / name).parent.mkdir()
+        os.mkfifo(folder / name)
+    tiny.write_shard(folder / "piped" / "good.bin", np.arange(60))
     (folder / "file").write_text("not a folder")
     (folder / "good.yaml").write_text(to_yaml(tiny.config(folder, "new", max_steps=6)))
     (folder / "folder.yaml").mkdir()
@@ -128,6 +132,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         flags("--val_data_dir beyond"),
         ["val_data_dir", "beyond/bad.bin", "token 64", "offset 2", "vocab_size", "65"],
     ),
+    "a_pipe_for_a_shard": (flags("--train_data_dir pipe/*.bin"), ["pipe/a.bin", "a pipe or a device"]),
+    "a_pipe_for_a_manifest": (flags("--train_data_dir piped"), ["piped/manifest.json is broken"]),
     "fewer_tokens_than_a_window": (flags("--val_data_dir short"), ["val_data_dir", "16", "17", "block_size"]),
     # values
     "heads_do_not_divide_width": (
@@ -286,6 +292,15 @@ def test_a_mistake_in_another_process_than_the_first_is_told_as_well(workplace, 
     done = command(workplace, flags(""))
     assert done.returncode == 2
     assert "batch_size = 8" in done.stderr and "3 processes" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_an_environment_without_numbers_is_one_line(workplace, monkeypatch, name):
+    for key, value in ({"RANK": "0", "WORLD_SIZE": "1"} | {name: "x"}).items():
+        monkeypatch.setenv(key, value)
+    done = command(workplace, flags(""))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert name in done.stderr and "environment" in done.stderr
 
 
 def test_settings_that_a_checkpoint_does_not_know_had_their_defaults(workplace):

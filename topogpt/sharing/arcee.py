@@ -38,6 +38,7 @@ SIZES = {
 }  # fmt: skip
 ACTIVATION, DROPOUT, HIDDEN = "hidden_act", "attention_dropout", "intermediate_size"
 THETA = 10000.0  # of Rotation in model/gpt.py
+SWITCHES = dict.fromkeys(("tie_word_embeddings", "attention_bias"), bool)  # keys that must be true or false
 DEFAULTS = {  # what leaving out means
     "hidden_act": "relu2", "attention_dropout": 0.0, "rms_norm_eps": 1e-5, "rope_theta": THETA,
     "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,

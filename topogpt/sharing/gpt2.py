@@ -26,6 +26,7 @@ EXPRESSIBLE = set(
 
 SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions"}
 ACTIVATION, DROPOUT, HIDDEN = "activation_function", "resid_pdrop", "n_inner"
+SWITCHES: dict[str, type] = {}  # keys of config.json that must be true or false
 DEFAULTS = {"activation_function": "gelu_new", "resid_pdrop": 0.1}  # what leaving out means
 
 

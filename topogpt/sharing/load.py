@@ -17,6 +17,7 @@ from torch import Tensor
 
 from topogpt import topo, topography
 from topogpt.errors import UserError
+from topogpt.files import inside
 from topogpt.model.gpt import GPT
 from topogpt.runs.checkpoint import load_run, load_weights
 from topogpt.settings import GPTConfig
@@ -130,9 +131,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return read_file(folder / "model.safetensors")
+    try:
+        paths = sorted({inside(folder, name) for name in strict_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{index} is damaged ({type(error).__name__}: {error}); export it again") from None
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(strict_json(index)["weight_map"].values())):
-        tensors |= read_file(folder / Path(name).name)
+    for path in paths:
+        tensors |= read_file(path)
     return tensors
 
 

@@ -5,6 +5,7 @@ to all: which kind it is, storing in a dtype, and the padding. Their embedding h
 a head of its own) is padded to a multiple of 64. What neither side can compute is refused.
 """
 
+import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +54,7 @@ def of_model(cfg: GPTConfig) -> ModuleType:
 def of_folder(folder: Path, said: Any) -> ModuleType:
     """The kind of a folder, by its config.json."""
     name = said.get("model_type", "gpt2") if isinstance(said, dict) else None
-    if name not in MODEL_TYPES:
+    if not isinstance(name, str) or name not in MODEL_TYPES:
         raise UserError(
             f"{folder}/config.json: model_type = {name}, but our GPT computes as {' or '.join(MODEL_TYPES)}; "
             "it cannot be loaded"
@@ -133,13 +134,22 @@ def from_stock(
 def config_of(folder: Path, kind: ModuleType, said: dict[str, Any], tensors: dict[str, Tensor]) -> GPTConfig:
     """Our configuration of the folder's model, with its own number of rows."""
     rope = [said.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # transformers 4 and 5
+    if not all(isinstance(entry, dict) for entry in rope):
+        raise UserError(f"{folder}/config.json: rope_scaling and rope_parameters must be objects; correct it")
     said = kind.DEFAULTS | {key: value for key, value in said.items() if value is not None}
     ours = said.get("topography")
     said = said | rope[0] | rope[1] | {"topography": ours if isinstance(ours, dict) else {}}
     sizes = {"vocab_size": "vocab_size", **kind.SIZES}
     for key in sizes.values():
-        if not isinstance(said.get(key), int) or said[key] < 1:
+        if type(said.get(key)) is not int or said[key] < 1:
             raise UserError(f"{folder}/config.json has no number {key}; it is no folder of a {kind.CLASS}")
+    check_claims(folder, kind, {ours: (key, said[key]) for ours, key in sizes.items()}, tensors)
+    types = {kind.ACTIVATION: str, kind.DROPOUT: int | float, kind.HIDDEN: int | None} | kind.SWITCHES
+    for key, wanted in types.items():
+        value = said.get(key)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            name = getattr(wanted, "__name__", str(wanted)).replace("None", "null")
+            raise UserError(f"{folder}/config.json: {key} = {value!r:.80} must be {name}; correct it")
     for key, wanted in kind.required(said).items():
         if said.get(key, wanted) != wanted:
             raise UserError(
@@ -162,6 +172,23 @@ def config_of(folder: Path, kind: ModuleType, said: dict[str, Any], tensors: dic
         post_residual=bool(said["topography"].get("post_residual", False)),
         **kind.switches(said, tensors),
     )
+
+
+def check_claims(
+    folder: Path, kind: ModuleType, claimed: dict[str, tuple[str, int]], tensors: dict[str, Tensor]
+) -> None:
+    """Compare the sizes of config.json, ours -> (its name, value), with the tensors: a model costs time."""
+    block = re.compile(re.escape(kind.PLACES.blocks) + r"\.(\d+)\.")
+    found = {"n_layer": len({match[1] for name in tensors if (match := block.match(name))})}
+    if (embedding := tensors.get(kind.EMBEDDING)) is not None and embedding.dim() == 2:
+        found |= zip(("vocab_size", "n_embd"), embedding.shape, strict=True)
+    for ours, there in found.items():
+        key, value = claimed[ours]
+        if value != there:
+            raise UserError(
+                f"{folder}/config.json: {key} = {value}, but the safetensors file holds {there}; "
+                "get both again, of one model"
+            )
 
 
 def check_shapes(folder: Path, kind: ModuleType, cfg: GPTConfig, tensors: dict[str, Tensor]) -> None:

@@ -43,13 +43,20 @@ def write_tokenizer(folder: Path, words: Tokenizer, block_size: int) -> None:
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
     """Token -> id of the folder's tokenizer; None where it has none."""
-    if (folder / "vocab.json").is_file():
-        return strict_json(folder / "vocab.json")
-    if (folder / "tokenizer.json").is_file():
-        said = strict_json(folder / "tokenizer.json")
-        added = {entry["content"]: entry["id"] for entry in said.get("added_tokens", [])}
-        return said.get("model", {}).get("vocab", {}) | added
-    return None
+    names = [name for name in ("vocab.json", "tokenizer.json") if (folder / name).is_file()]
+    if not names:
+        return None
+    tokens, said = {}, strict_json(folder / names[0])
+    try:
+        if names[0] == "tokenizer.json":
+            tokens = {entry["content"]: entry["id"] for entry in said.get("added_tokens", [])}
+            said = said.get("model", {}).get("vocab", {})
+        tokens = said | tokens
+        sorted(tokens.values())
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder / names[0]} is no vocabulary ({reason}); export it again") from None
+    return tokens
 
 
 def digest(tokens: dict[str, int]) -> str:
@@ -73,8 +80,11 @@ def check_vocabulary(folder: Path, n_vocab: int) -> None:
 
 
 def strict_json(path: Path) -> dict[str, Any]:
-    """A file of an exported folder; raises UserError where it cannot be read."""
+    """The JSON object in a file of an exported folder; raises UserError where it holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(said, dict):
+            raise ValueError(f"it holds a {type(said).__name__}, not an object")
+        return said
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}; export it again") from None

@@ -11,20 +11,21 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import asdict
+from concurrent.futures import Future, wait
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from topogpt.errors import UserError
-from topogpt.files import read_json, write_json, write_text
+from topogpt.files import inside, read_json, sha256, write_json, write_text
 from topogpt.retry import PASSING, described, status, with_retries
 from topogpt.terminal import say
 from topogpt.text import sources
-from topogpt.text.sources import Unit, no_column, plan, slug
+from topogpt.text.sources import Unit, no_column, plan, slug, stamp_of
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 TOKENS_PER_BYTE = 0.3  # of FineWeb-Edu's parquet files, at least
+LOG_SECONDS = 10  # between lines about a download
 TRIES = 8  # of each call to the Hub
 OTHER_SOURCES = "prepare files of your own with --source PATH, or set HF_ENDPOINT to a mirror of the Hub"
 
@@ -44,7 +45,7 @@ class FineWeb:
         self.delete = cfg.delete_source and cfg.max_tokens is None  # else it may be read again, to be cut
         asked = {"dataset": FINEWEB, "config": config}
         self.description = recorded(cfg, asked, lambda: list_fineweb(config, cfg.revision))
-        self.files = self.description["files"]
+        self.files = checked(self.description.get("files"), out)
         self.plans: dict[int, list[Unit]] = {}
         sizes = [file["size"] for file in self.files]
         enough = (cfg.max_tokens or math.inf) / TOKENS_PER_BYTE
@@ -58,16 +59,26 @@ class FineWeb:
         file = self.files[index]
         return f"{self.description['revision']} {file['path']} {file['size']} {file['sha256']} {self.delete}"
 
+    def path(self, index: int) -> Path:
+        return inside(self.folder, self.files[index]["path"])
+
     def plan_path(self, index: int) -> Path:
         return self.parts / f"{index:05d}.units.json"
 
     def read_plan(self, index: int) -> list[Unit] | None:
         """The units of a file that some rank has downloaded."""
         if index not in self.plans:
-            planned = read_json(self.plan_path(index))
+            planned, path = read_json(self.plan_path(index)), self.path(index)
             if planned.get("origin") != self.origin(index):
                 return None
-            self.plans[index] = [Unit(**unit) for unit in planned["units"]]
+            stamp = stamp_of(path) if path.is_file() else None
+            try:
+                units = [replace(Unit(**unit), path=str(path), stamp=stamp) for unit in planned["units"]]
+            except (KeyError, TypeError):
+                return None
+            if [unit.name for unit in units] != [f"{index:05d}-{i:05d}" for i in range(len(units))]:
+                return None
+            self.plans[index] = units
         return self.plans[index]
 
     def is_done(self, index: int) -> bool:
@@ -94,27 +105,28 @@ class FineWeb:
                 if i not in downloads:
                     downloads[i] = in_thread(self.fetch, i)
             if index in downloads:
+                wait_for(downloads[index], self.folder)
                 units = plan(index, downloads[index].result(), self.origin(index), "text")
                 content = {"origin": self.origin(index), "units": [asdict(unit) for unit in units]}
                 write_json(self.plan_path(index), content, indent=None)
             yield from self.read_plan(index)
 
     def fetch(self, index: int) -> Path:
-        """Download one file, continuing what is there of it, and check its size."""
+        """Download one file, continuing what is there of it, and check its size and SHA-256."""
         from huggingface_hub import hf_hub_download
 
-        file = self.files[index]
-        path = self.folder / file["path"]
-        if path.is_file() and path.stat().st_size == file["size"]:
+        file, path = self.files[index], self.path(index)
+        if path.is_file() and not difference(path, file):
             return path
+        path.unlink(missing_ok=True)
         what = f"file {index + 1} of {len(self.files)}, {file['path']} ({file['size'] / 1e9:.2f} GB)"
         options = {"repo_type": "dataset", "revision": self.description["revision"], "local_dir": self.folder}
 
         def download() -> Path:
             got = Path(hf_hub_download(FINEWEB, file["path"], **options))
-            if (size := got.stat().st_size) != file["size"]:
+            if found := difference(got, file):
                 got.unlink()
-                raise OSError(f"{got} has {size} bytes, not {file['size']}")
+                raise OSError(f"{got} {found}")
             return got
 
         say(f"downloading {what}")
@@ -123,6 +135,36 @@ class FineWeb:
     def finished(self, unit: Unit) -> None:
         if self.delete and self.is_done(int(unit.name[:5])):
             Path(unit.path).unlink(missing_ok=True)
+
+
+def difference(path: Path, file: dict) -> str | None:
+    """What tells a file here from the Hub's; its SHA-256 is None where the Hub does not say it."""
+    if (size := path.stat().st_size) != file["size"]:
+        return f"has {size} bytes, not {file['size']}"
+    if file["sha256"] and (found := sha256(path)) != file["sha256"]:
+        return f"has the SHA-256 {found}, not {file['sha256']}"
+    return None
+
+
+def checked(files: Any, out: Path) -> list[dict]:
+    """The list of files of a manifest or source.json, where it is as we write it."""
+    kinds = {"path": str, "size": int, "sha256": str | None}
+    try:
+        for file in files:
+            inside(out, file["path"])
+            if wrong := [key for key, kind in kinds.items() if not isinstance(file[key], kind)]:
+                raise TypeError(f"{wrong[0]} = {file[wrong[0]]!r:.80}")
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"{out}/.parts/source.json or {out}/manifest.json do not list files as we write them"
+        raise UserError(f"{problem} ({type(error).__name__}: {error}); delete {out}") from None
+    return files
+
+
+def wait_for(download: Future, folder: Path) -> None:
+    """Wait for a file, and say now and then how much is there of those that are under way."""
+    while not wait([download], timeout=LOG_SECONDS).done:
+        n_bytes = sum(path.stat().st_size for path in folder.rglob("*.incomplete") if path.is_file())
+        say(f"downloading: {n_bytes / 1e9:.2f} GB are there of what is under way")
 
 
 def in_thread(function: Callable[..., Any], *args: Any) -> Future:
@@ -152,6 +194,7 @@ def list_fineweb(config: str, revision: str) -> dict:
         for entry in sorted(tree, key=lambda entry: entry.path)
         if entry.path.endswith(".parquet")
     ]
+    checked(files, Path(folder))
     if not files:
         raise UserError(f"{FINEWEB} at {commit} has no parquet file in {folder}; choose another --revision")
     return {"revision": commit, "files": files}
@@ -186,7 +229,8 @@ class Stream:
     def n_units(self) -> int | None:
         """How many there are, once the stream has been read to its end."""
         end = read_json(self.parts / "stream-end.json")
-        return end["n_units"] if end.get("source") == self.description else None
+        n_units = end.get("n_units") if end.get("source") == self.description else None
+        return n_units if type(n_units) is int and n_units >= 0 else None
 
     def known_units(self) -> tuple[list[Unit], bool]:
         """All units, where the end is known, else up to the first that is not finished."""

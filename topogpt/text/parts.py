@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from topogpt.errors import UserError
 from topogpt.files import read_json, whole, write_json
 from topogpt.ranks import Place
-from topogpt.terminal import say
+from topogpt.terminal import progress, say
 from topogpt.text import sources, tokenizer
 from topogpt.text.shards import header
 from topogpt.text.sources import Unit
@@ -32,6 +32,7 @@ from topogpt.text.sources import Unit
 FORMAT = "topogpt-1: llm.c shards (256 int32 header, uint16 tokens), EOT before every document"
 SPLITS = ("train", "val")
 REASONS = ("null", "empty", "not_text")  # to skip a document
+DAMAGE = ("repaired", "broken")  # as in sources.Damage
 COPY_BYTES = 1 << 20
 WAIT_SECONDS = 1800  # rank 0 gives up when the others finish nothing for so long
 LOG_SECONDS = 10
@@ -43,6 +44,7 @@ class Counts(NamedTuple):
     tokens: dict[str, int]
     documents: dict[str, int]
     skipped: dict[str, int]
+    damage: dict[str, int]  # repaired documents, and broken lines, which were skipped
 
     @property
     def n_tokens(self) -> int:
@@ -54,11 +56,23 @@ class Counts(NamedTuple):
 
     @property
     def n_rows(self) -> int:
-        return self.n_documents + sum(self.skipped.values())
+        return self.n_documents + sum(self.skipped.values()) + self.damage["broken"]
 
 
 def no_counts() -> Counts:
-    return Counts(dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), dict.fromkeys(REASONS, 0))
+    return Counts(*(dict.fromkeys(names, 0) for names in (SPLITS, SPLITS, REASONS, DAMAGE)))
+
+
+def read_counts(found: dict[str, Any]) -> Counts | None:
+    """What a sidecar says, where it says all of it."""
+    empty = no_counts()
+    fields = [found.get(name, {}) for name in Counts._fields[:-1]] + [found.get("damage", empty.damage)]
+    for field, wanted in zip(fields, empty, strict=True):
+        if not isinstance(field, dict) or field.keys() != wanted.keys():
+            return None
+        if not all(type(n) is int and n >= 0 for n in field.values()):
+            return None
+    return Counts(*fields)
 
 
 def add_counts(several: list[Counts]) -> Counts:
@@ -67,15 +81,16 @@ def add_counts(several: list[Counts]) -> Counts:
 
 
 class Settings(NamedTuple):
-    """What the bytes of a part depend on, besides its unit."""
+    """What the bytes of a part depend on, besides its unit; and what to do about a broken line."""
 
     text_column: str
     val_fraction: float
     tokenizer_sha256: str
+    skip_broken: bool = False  # no part of the key: a unit without such lines is the same either way
 
     def key(self, unit: Unit) -> str:
         name = Path(unit.path).name
-        content = [FORMAT, self, unit.name, unit.origin, name, unit.start, unit.stop, unit.limit]
+        content = [FORMAT, self[:3], unit.name, unit.origin, name, unit.start, unit.stop, unit.limit]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -99,7 +114,9 @@ class Parts:
             found = read_json(self.sidecar(unit))
             if found.get("key") != key:
                 return None
-            counts = Counts(*(found[field] for field in Counts._fields))
+            counts = read_counts(found)
+            if counts is None or (counts.damage["broken"] and not self.settings.skip_broken):
+                return None
             for split, n in counts.tokens.items():
                 path = self.path(unit, split)
                 if n and not (path.exists() and path.stat().st_size == 2 * n):
@@ -187,14 +204,16 @@ def work(unit: Unit) -> Counts:
 def tokenise_unit(w: Worker, unit: Unit) -> Counts:
     parts, counts = w.parts, no_counts()
     threshold = parts.settings.val_fraction * 2.0**64
+    damage = sources.Damage(skip_broken=parts.settings.skip_broken)
     with contextlib.ExitStack() as stack:
         files = {}
         for split in SPLITS:
             part = stack.enter_context(whole(parts.path(unit, split)))
             files[split] = stack.enter_context(open(part, "wb", 1 << 20))
-        for doc_id, text in sources.documents(unit, parts.settings.text_column):
-            if not isinstance(text, str) or not text:
-                counts.skipped["null" if text is None else "empty" if text == "" else "not_text"] += 1
+        for doc_id, text in sources.documents(unit, parts.settings.text_column, damage):
+            if not isinstance(text, str) or not text or text.isspace():
+                reason = "null" if text is None else "empty" if isinstance(text, str) else "not_text"
+                counts.skipped[reason] += 1
                 continue
             split = "val" if hash_of(text if doc_id is None else str(doc_id)) < threshold else "train"
             ids = w.tokenizer.encode_document(text)
@@ -203,6 +222,8 @@ def tokenise_unit(w: Worker, unit: Unit) -> Counts:
             counts.documents[split] += 1
             if unit.limit is not None and counts.n_tokens >= unit.limit:
                 break
+        sources.check_unchanged(unit)
+    counts.damage.update({name: getattr(damage, name) for name in DAMAGE})
     write_json(parts.sidecar(unit), {"key": parts.settings.key(unit)} | counts._asdict(), indent=None)
     return counts
 
@@ -297,10 +318,12 @@ def assemble(pool: Executor, units: list[Unit], parts: Parts, name: str, shard_s
     write_json(parts.folder / "assembly.json", {"shards": [path for path, _, _ in tasks]})
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
-    made = [pool.submit(make_shard, out / path, pieces) for path, _, pieces in tasks]
+    # a pool of one makes each as it is given it, another one while the results are asked for
+    made = [pool.submit(make_shard, out / path, pieces) for path, _, pieces in progress(tasks, "shards")]
+    hashes = [future.result() for future in progress(made, "shards")]
     return [
-        {"path": path, "split": split, "tokens": sum(p.n_tokens for p in pieces), "sha256": future.result()}
-        for (path, split, pieces), future in zip(tasks, made, strict=True)
+        {"path": path, "split": split, "tokens": sum(p.n_tokens for p in pieces), "sha256": sha256}
+        for (path, split, pieces), sha256 in zip(tasks, hashes, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topogpt.errors import UserError
-from topogpt.files import leftovers, read_json
+from topogpt.files import inside, leftovers, read_json
 from topogpt.settings import PrepareConfig
 from topogpt.terminal import say
 from topogpt.text import parts, tokenizer, vocabulary
@@ -23,6 +23,7 @@ SPLIT_RULE = (
 )
 VOCABULARY = vocabulary.SHA256["encoder.json"]  # it implies vocab.bpe
 TOKENS_PER_BYTE = 0.275  # of text
+MANY_REPAIRED = 0.001  # share of documents whose text was no UTF-8, above which it is a warning
 
 
 @contextlib.contextmanager
@@ -61,8 +62,10 @@ def check_prepared(out: Path, wanted: dict) -> None:
     """Refuse a finished folder whose settings are others, or whose shards are not all there."""
     path, there = out / "manifest.json", read_json(out / "manifest.json")
     try:
-        sizes = {out / shard["path"]: HEADER_BYTES + 2 * shard["tokens"] for shard in there["shards"]}
-    except (KeyError, TypeError):
+        sizes = {inside(out, shard["path"]): HEADER_BYTES + 2 * shard["tokens"] for shard in there["shards"]}
+        counts = [there[what][split] for what in ("documents", "tokens") for split in parts.SPLITS]
+        sum([*counts, *there["documents"]["skipped"].values()])
+    except (KeyError, TypeError, AttributeError, ValueError):
         problem = "is not a manifest of ours; move it away or choose another --out_dir"
         raise UserError(f"{path} {problem}") from None
     different = [key for key, value in wanted.items() if there.get(key) != value]
@@ -73,17 +76,28 @@ def check_prepared(out: Path, wanted: dict) -> None:
         )
     bad = [shard for shard, size in sizes.items() if not shard.is_file() or shard.stat().st_size != size]
     if bad:
-        raise UserError(f"{bad[0]} is missing or damaged; delete {path} and run this again to make it anew")
+        remedy = f"delete {out / 'train'}, {out / 'val'} and {path}, and run this again to make them anew"
+        raise UserError(f"{bad[0]} is missing or damaged; {remedy}")
 
 
 def check_no_strangers(out: Path) -> None:
     """Remove shards that an interrupted preparation of ours left; refuse a folder with others."""
-    for ours in read_json(out / ".parts" / "assembly.json").get("shards", []):
-        for path in (out / ours, *leftovers(out / ours)):
+    assembly = out / ".parts" / "assembly.json"
+    try:
+        ours = [inside(out, name) for name in read_json(assembly).get("shards", [])]
+        if wrong := [p for p in ours if p.suffix != ".bin" or p.parent not in (out / "train", out / "val")]:
+            raise ValueError(f"{wrong[0]} is no shard")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{assembly} is not as we write it ({error}); look into it, and delete it") from None
+    for shard in ours:
+        for path in (shard, *leftovers(shard)):
             path.unlink(missing_ok=True)
-    for path in sorted(out.glob("train/*.bin")) + sorted(out.glob("val/*.bin")):
-        remedy = "delete it or choose another --out_dir"
-        raise UserError(f"out_dir = {out} holds {path.name}, which is in no manifest; {remedy}")
+    if strangers := sorted(out.glob("train/*.bin")) + sorted(out.glob("val/*.bin")):
+        which = (
+            f"holds {strangers[0].name}, which is in no manifest, and {len(strangers) - 1} other such shards"
+        )
+        remedy = f"delete {out / 'train'} and {out / 'val'}, or choose another --out_dir"
+        raise UserError(f"out_dir = {out} {which}; {remedy}")
 
 
 def check_disk(cfg: PrepareConfig, source: Any) -> None:
@@ -147,6 +161,11 @@ def report(out: Path) -> None:
         f"{manifest['shard_size']:,} (the last shard is short by design); "
         f"skipped documents: {skipped_words(documents['skipped'])}"
     )
+    if repaired := documents.get("repaired", 0):
+        share = f"{repaired:,} of {n_documents:,} documents hold bytes that are no UTF-8; these became U+FFFD"
+        if repaired > MANY_REPAIRED * n_documents:
+            share = f"warning: {share}; convert the text (iconv -f LATIN1 -t UTF-8) and prepare it again"
+        say(share)
     for split in parts.SPLITS:
         say(f"  {split}: {tokens[split]:,} tokens, {documents[split]:,} documents, {out / split}")
     for split, remedy in (("val", "larger"), ("train", "smaller")):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from topogpt.errors import UserError
-from topogpt.files import cache_dir, read_json, write_json
+from topogpt.files import cache_dir, inside, read_json, write_json
 
 HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 MAGIC = 20240520
@@ -123,14 +123,16 @@ def read_manifests(folders: set[Path]) -> dict[Path, tuple[Path, dict]]:
     for folder in sorted(folders | {folder.parent for folder in folders}):
         manifest = folder / "manifest.json"
         try:
-            for entry in json.loads(manifest.read_bytes()).get("shards", []):  # none: not our manifest
+            text = manifest.read_bytes() if manifest.is_file() or not manifest.exists() else b""
+            for entry in json.loads(text).get("shards", []):  # none: not our manifest
                 if not isinstance(entry["tokens"], int) or not isinstance(entry["sha256"], str):
                     raise ValueError(f"entry {entry}")
-                listed[Path(os.path.normpath(folder / entry["path"]))] = manifest, entry
+                listed[inside(folder, entry["path"])] = manifest, entry
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{manifest} is broken ({type(error).__name__}: {error}); {REMAKE}") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error!s:.150}"
+            raise UserError(f"{manifest} is broken ({reason}); {REMAKE}") from None
     return listed
 
 
@@ -150,6 +152,8 @@ def check_one_split(paths: Iterable[Path], listed: dict[Path, tuple[Path, dict]]
 
 def read_header(path: Path) -> Shard:
     """Tell shards from files without a header; refuse a wrong magic, version or length."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for who writes to it
+        raise UserError(f"{path} is no file but a folder, a pipe or a device; give shards, or {MAKE}")
     try:
         with open(path, "rb") as file:
             start, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size

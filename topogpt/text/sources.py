@@ -9,13 +9,14 @@ A source divides its text into units of work, in a fixed order that depends on t
 A worker reads a unit in little memory, however large the file. hub_sources.py has the sources of the Hub.
 """
 
+import codecs
+import contextlib
 import glob
-import gzip
-import io
 import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,13 +25,17 @@ from typing import Any, BinaryIO
 
 from topogpt.errors import UserError
 from topogpt.files import sha256
+from topogpt.terminal import progress
+from topogpt.text.encoding import Damage, encoding_of, from_utf8, open_bytes, split_suffix
 
 # text in a unit: half a second of tokenising; longer .txt files are cut into such documents
 UNIT_BYTES = 8 << 20
 BATCH_BYTES = 2 << 20  # text taken from a parquet file at once
 CUT_BYTES = 1 << 20  # a blank line to cut at is looked for in so much
-KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".txt": "txt"}
 READABLE = "*.parquet, *.jsonl, *.txt, *.jsonl.gz, *.jsonl.zst, *.txt.gz, *.txt.zst"
+
+
+Stamp = tuple[int, int, int]  # size, time of the last change, inode: other ones, other content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,7 @@ class Unit:
     text_bytes: int  # about
     weight: float = 0.0  # share of the source's bytes, for progress
     limit: int | None = None  # tokens; the document that reaches them is the last
+    stamp: Stamp | None = None  # of the file, when it was looked at; it must stay so until the unit is read
 
 
 class Files:
@@ -60,19 +66,22 @@ class Files:
         in_order: bool = True,
         n_threads: int = 1,
         key: str = "source",
+        skip_broken: bool = False,
     ) -> None:
         """key: the flag that gives the paths, for messages."""
         found = find_files(paths, key)
+        stamps = list(map(stamp_of, found.values()))
         with ThreadPoolExecutor(n_threads) as pool:  # hashing lets other threads run
-            hashes = list(pool.map(hash_source, found.values()))
-        sizes = [path.stat().st_size for path in found.values()]
+            hashes = list(progress(pool.map(hash_source, found.values()), "files hashed", len(found)))
+        sizes = [size for size, _, _ in stamps]
         columns = zip(found, sizes, hashes, strict=True)
         self.description = {
             "files": [{"name": name, "size": size, "sha256": hash_} for name, size, hash_ in columns]
         }
         self.planned: list[Unit] = []
-        for index, (path, hash_) in enumerate(zip(found.values(), hashes, strict=True)):
-            self.planned += plan(index, path, hash_, text_column)
+        for index, (path, hash_, stamp) in enumerate(zip(found.values(), hashes, stamps, strict=True)):
+            units = plan(index, path, hash_, text_column, skip_broken)
+            self.planned += [replace(unit, stamp=stamp) for unit in units]
         self.name = slug("-".join(Path(path).name.split(".")[0] or "text" for path in paths))
         self.in_order = in_order
         self.total_weight = sum(sizes)
@@ -104,7 +113,8 @@ def find_files(paths: Sequence[str], key: str = "source") -> dict[str, Path]:
         else:
             matches = [top] if top.exists() else map(Path, sorted(glob.glob(str(top), recursive=True)))
             names = {p: p.name for p in matches if p.is_file()}
-            problem = f"does not exist; give files or folders of {READABLE}, or pydoc"
+            problem = "is no file" if top.exists() else "does not exist"
+            problem += f"; give files or folders of {READABLE}, or pydoc"
         if not names:
             raise UserError(f"{key} = {given} {problem}")
         for path, name in names.items():
@@ -118,14 +128,6 @@ def find_files(paths: Sequence[str], key: str = "source") -> dict[str, Path]:
     return found
 
 
-def split_suffix(path: Path) -> tuple[str | None, str | None]:
-    """Kind and compression by the name's ending; None for a kind not known."""
-    stem, ending = os.path.splitext(path.name.lower())
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(ending)
-    kind = KINDS.get(os.path.splitext(stem)[1] if compression else ending)
-    return (None, None) if kind == "parquet" and compression else (kind, compression)
-
-
 def hash_source(path: Path) -> str:
     try:
         return sha256(path)
@@ -133,11 +135,26 @@ def hash_source(path: Path) -> str:
         raise UserError(f"source = {path} cannot be read: {error.strerror}; correct that") from None
 
 
+def stamp_of(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"source = {path} cannot be read: {error.strerror}; correct that") from None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def check_unchanged(unit: Unit) -> None:
+    """Refuse a file that is not the one whose hash was taken: its text would stand under another's hash."""
+    if unit.stamp and unit.stamp != stamp_of(Path(unit.path)):
+        problem = "was changed or replaced while it was read; leave it alone and run again"
+        raise UserError(f"source = {unit.path} {problem}")
+
+
 def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name)[:40].strip("-").lower() or "text"
 
 
-def plan(index: int, path: Path, origin: str, text_column: str) -> list[Unit]:
+def plan(index: int, path: Path, origin: str, text_column: str, skip_broken: bool = False) -> list[Unit]:
     """Divide a file into units; refuse one that has no such column."""
     kind, compression = split_suffix(path)
     size = path.stat().st_size
@@ -149,8 +166,8 @@ def plan(index: int, path: Path, origin: str, text_column: str) -> list[Unit]:
         spans = parquet_spans(path, text_column)
     else:
         if kind == "jsonl":
-            check_first_row(unit, text_column)
-        if compression:
+            check_first_row(unit, text_column, skip_broken)
+        if compression or encoding_of(path):
             return [unit]
         ends = [*(range(0, size - UNIT_BYTES + 1, UNIT_BYTES) or [0]), size]
         spans = [(start, stop, stop - start) for start, stop in itertools.pairwise(ends)]
@@ -173,6 +190,9 @@ def parquet_spans(path: Path, text_column: str) -> list[tuple[int, int, int]]:
         raise unreadable(path, error) from None
     if text_column not in schema.names:
         raise no_column(path, text_column, schema.names)
+    for name in {text_column, "id"}:
+        if (n := schema.names.count(name)) > 1:
+            raise UserError(f"text_column = {text_column}: {path} has {n} columns called {name}; keep one")
     kind = schema.field(text_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in ("string", "large_string", "string_view", "null"):
@@ -189,9 +209,9 @@ def parquet_spans(path: Path, text_column: str) -> list[tuple[int, int, int]]:
     return spans
 
 
-def check_first_row(unit: Unit, text_column: str) -> None:
-    with open_bytes(unit) as file:
-        row = next((parse_row(line, unit, 0) for line in file if line.strip()), None)
+def check_first_row(unit: Unit, text_column: str, skip_broken: bool) -> None:
+    with reading(unit):
+        row = next(json_rows(unit, Damage(skip_broken=skip_broken)), None)
     if isinstance(row, dict) and text_column not in row:
         raise no_column(unit.path, text_column, list(row))
 
@@ -211,19 +231,27 @@ def unreadable(path: Path | str, error: Exception) -> UserError:
 # ---- documents of a unit --------------------------------------------------------------------------------
 
 
-def documents(unit: Unit, text_column: str) -> Iterator[tuple[Any, Any]]:
+def documents(unit: Unit, text_column: str, damage: Damage | None = None) -> Iterator[tuple[Any, Any]]:
     """Yield (id or None, text) of each document; text may be None or something other than a string."""
-    import pyarrow as pa
-
     kind, _ = split_suffix(Path(unit.path))
     read = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}[kind]
+    with reading(unit):
+        yield from read(unit, text_column, damage or Damage())
+
+
+@contextlib.contextmanager
+def reading(unit: Unit) -> Iterator[None]:
+    """Say in one line that a file cannot be read."""
+    import pyarrow as pa
+
     try:
-        yield from read(unit, text_column)
-    except (pa.ArrowException, OSError, EOFError) as error:  # EOFError: a gzip file that is cut off
+        yield
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:  # EOFError: a cut gzip file
+        check_unchanged(unit)
         raise unreadable(unit.path, error) from None
 
 
-def read_parquet(unit: Unit, text_column: str) -> Iterator[tuple[Any, Any]]:
+def read_parquet(unit: Unit, text_column: str, damage: Damage) -> Iterator[tuple[Any, Any]]:
     import pyarrow.parquet as pq
 
     # Streamed page by page: a row group may be as large as the file.
@@ -234,36 +262,27 @@ def read_parquet(unit: Unit, text_column: str) -> Iterator[tuple[Any, Any]]:
         n_batch = max(1, min(1024, BATCH_BYTES * n_rows // max(unit.text_bytes, 1)))
         columns = ["id"] * with_id + [text_column]
         for batch in file.iter_batches(n_batch, row_groups=groups, columns=columns, use_threads=False):
-            texts = to_list(batch.column(text_column))
+            texts = to_list(batch.column(text_column), damage)
             ids = batch.column("id").to_pylist() if with_id else [None] * len(texts)
             yield from zip(ids, texts, strict=True)
 
 
-def to_list(column: Any) -> list:
+def to_list(column: Any, damage: Damage) -> list:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:  # written by a program that does not check
         values = column.cast("large_binary").to_pylist()
-        return [value if value is None else value.decode("utf-8", "replace") for value in values]
+        return [value if value is None else from_utf8(value, damage) for value in values]
 
 
-def open_bytes(unit: Unit) -> BinaryIO:
-    compression = split_suffix(Path(unit.path))[1]
-    try:
-        if compression == "gzip":
-            return gzip.open(unit.path, "rb")
-        if compression == "zstd":
-            import pyarrow as pa
-
-            return io.BufferedReader(pa.input_stream(unit.path, compression="zstd"), 1 << 20)
-        return open(unit.path, "rb")
-    except OSError as error:
-        raise unreadable(unit.path, error) from None
+def read_jsonl(unit: Unit, text_column: str, damage: Damage) -> Iterator[tuple[Any, Any]]:
+    for row in json_rows(unit, damage):
+        yield (row.get("id"), row.get(text_column)) if isinstance(row, dict) else (None, ...)
 
 
-def read_jsonl(unit: Unit, text_column: str) -> Iterator[tuple[Any, Any]]:
+def json_rows(unit: Unit, damage: Damage) -> Iterator[Any]:
     """Rows whose first byte lies in the unit's range."""
-    with open_bytes(unit) as file:
+    with open_bytes(Path(unit.path)) as file:
         at = 0
         if unit.start:
             file.seek(unit.start - 1)
@@ -273,40 +292,46 @@ def read_jsonl(unit: Unit, text_column: str) -> Iterator[tuple[Any, Any]]:
             if not line:
                 return
             if line.strip():
-                row = parse_row(line, unit, at)
-                yield (row.get("id"), row.get(text_column)) if isinstance(row, dict) else (None, ...)
+                try:
+                    yield json.loads(from_utf8(line.removeprefix(codecs.BOM_UTF8), damage))
+                except (ValueError, RecursionError) as error:
+                    if not damage.skip_broken:
+                        raise no_json(unit, at, error) from None
+                    damage.broken += 1
             at += len(line)
 
 
-def parse_row(line: bytes, unit: Unit, at: int) -> Any:
-    """A JSON object; text that is no valid UTF-8 is repaired."""
-    try:
-        return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
-    except (ValueError, RecursionError) as error:
-        where = f"source file {unit.path}: the line at byte {at}"
-        raise UserError(f"{where} is not JSON ({error}); correct or remove it") from None
+def no_json(unit: Unit, at: int, error: Exception) -> UserError:
+    """Of the line that starts at this byte; what comes before is read again to know its number."""
+    number = 1
+    with open_bytes(Path(unit.path)) as file:
+        while chunk := file.read(min(at, 1 << 20)):
+            number, at = number + chunk.count(b"\n"), at - len(chunk)
+    reason = f"{getattr(error, 'msg', error)!s:.80}"
+    remedy = "correct or remove it, or let prepare_fineweb.py --skip_broken count such lines and go on"
+    return UserError(f"source file {unit.path}: line {number} is not JSON ({reason}); {remedy}")
 
 
-def read_txt(unit: Unit, text_column: str) -> Iterator[tuple[Any, Any]]:
+def read_txt(unit: Unit, text_column: str, damage: Damage) -> Iterator[tuple[Any, Any]]:
     """The whole file as one document; a large one in documents of about UNIT_BYTES, cut at blank lines."""
-    with open_bytes(unit) as file:
-        if unit.stop >= 0:  # not compressed
+    with open_bytes(Path(unit.path)) as file:
+        if unit.stop >= 0:  # not compressed, and UTF-8
             start = cut_after(file, unit.start) if unit.start else 0
             last = unit.stop == os.fstat(file.fileno()).st_size
             stop = unit.stop if last else cut_after(file, unit.stop)
             file.seek(start)
-            yield None, decode(file.read(stop - start))
+            yield None, decode(file.read(stop - start), damage)
             return
         rest = file.read(2 * UNIT_BYTES)
         while len(rest) == 2 * UNIT_BYTES:
             cut = UNIT_BYTES + cut_in(rest[UNIT_BYTES : UNIT_BYTES + CUT_BYTES])
-            yield None, decode(rest[:cut])
+            yield None, decode(rest[:cut], damage)
             rest = rest[cut:] + file.read(cut)
-        yield None, decode(rest)
+        yield None, decode(rest, damage)
 
 
-def decode(data: bytes) -> str:
-    return data.decode("utf-8", "replace").removeprefix("\ufeff").replace("\r\n", "\n")
+def decode(data: bytes, damage: Damage) -> str:
+    return from_utf8(data, damage).removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def cut_after(file: BinaryIO, at: int) -> int:
