@@ -55,7 +55,8 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
         progress.introduce(t, corpora, run, log)
 
         steps = loader.steps(state.step)
-        skipped_in_a_row = most_skipped = torch.tensor(float(state.skipped_in_a_row), device=ranks.device)
+        skipped_in_a_row = torch.tensor(float(state.skipped_in_a_row), device=ranks.device)
+        most_skipped = torch.zeros_like(skipped_in_a_row)  # of these, since the last logged step
         clock = progress.Clock(t)
         stopped_early = told_to_stop = False
         for step in range(state.step, cfg.max_steps + 1):
@@ -91,7 +92,7 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
             if (step + 1) % cfg.log_every == 0:
                 found = torch.stack([*done.losses, done.grad_norm, skipped_in_a_row, most_skipped])
                 progress.log_step(t, step + 1, ranks.mean(found).tolist(), clock.read(step + 1), log)
-                most_skipped = skipped_in_a_row
+                most_skipped = torch.zeros_like(skipped_in_a_row)
         progress.say_goodbye(t, run, log, early=stopped_early, told=told_to_stop)
         if cfg.push_to_hf and not told_to_stop:
             publish(run, cfg, log)

@@ -355,14 +355,20 @@ def test_a_learning_rate_of_madness_ends_with_finite_weights(folder):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_named(run, folder, name, how):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, folder, name, how, capsys):
     damaged = run.with_name(f"damaged_{how}_{name}")
     shutil.copytree(run, damaged, symlinks=True)
     file = damaged / "checkpoints" / "step-000018" / name
     file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    given = tiny.config(folder, damaged.name, resume=True, max_steps=16)
     with pytest.raises(UserError, match=rf"step-000018 is \w+: {name}.*use another checkpoint") as error:
-        train(tiny.config(folder, damaged.name, resume=True, max_steps=20))
+        train(replace(given, checkpoint="step-18"))
     assert "\n" not in str(error.value)
+    assert train(given).step == 16
+    said = capsys.readouterr().out
+    assert f"WARNING: checkpoint {file.parent} is " in said and "resuming at step 15" in said
+    assert (damaged / "checkpoints" / "step-000018.damaged").is_dir()
+    assert (damaged / "last").resolve().name == "step-000016"
 
 
 def test_checkpoints_are_found_by_name(run):

@@ -1,8 +1,9 @@
 """Checkpoints: weights, positions and optimiser of a step, saved whole or not at all, and loaded.
 
 A checkpoint is written under a temporary name, fsynced and renamed, so one that has its final name is
-complete; whether its files are still what was written, their SHA-256 tell (seal.py). That of a model with adapters holds the merged weights in model.safetensors, so it is read like any
-other, and the adapters beside them; the weights they were added to are in the run's folder, once.
+complete; whether it still is what was written, the hashes in its state.json tell (seal.py). That of a model
+with adapters holds the merged weights in model.safetensors, so it is read like any other, and the adapters
+beside them; the weights they were added to are in the run's folder, once.
 """
 
 import dataclasses
@@ -157,35 +158,36 @@ def damaged(folder: Path, name: str, reason: object) -> UserError:
     return UserError(f"checkpoint {folder} is damaged: {name}: {said}; {seal.REMEDY}")
 
 
-def last_whole(run: Path, least: Path | None = None) -> Path:
-    """The newest whole checkpoint of a run; damaged ones that are newer are said, and renamed.
+def last_whole(run: Path, chosen: Path | None = None) -> Path:
+    """The newest checkpoint of a run that is whole; newer ones, damaged, are said and lose their names.
 
     Args:
-        least: chosen by hand: it must be whole, and what is newer is renamed.
+        chosen: by hand: it must be whole; newer ones lose their names, too.
     """
-    newer = []
+    newer: list[tuple[Path, str]] = []  # and what is wrong with it
     for folder in complete(run)[::-1]:
-        if least is not None and folder != least:
-            newer.append((folder, "later", ""))
-            continue
-        try:
-            compare_tensors(folder, seal.check(folder)["config"])
-        except UserError as error:
-            if least is not None:
-                raise
-            newer.append((folder, "damaged", str(error).removesuffix(f"; {seal.REMEDY}")))
-            continue
-        for other, why, reason in newer:
-            if not reason and (run / "metrics.jsonl").is_file():
-                shutil.copyfile(run / "metrics.jsonl", other / "metrics.jsonl")
-            aside = set_aside(other, why)
-            say(
-                f"WARNING: {reason}; going on from {folder.name}; it is now {aside.name}"
-                if reason
-                else f"{other.name} is later than {folder.name}: it is now {aside.name}, with its metrics.jsonl"
-            )
-        return folder
-    raise UserError(f"no checkpoint of {run} is whole: {newer[0][2]}; start anew with another --run_name")
+        if chosen in (None, folder):
+            try:
+                compare_tensors(folder, seal.check(folder)["config"])
+            except UserError as error:
+                if chosen:
+                    raise
+                newer.append((folder, str(error).removesuffix(f"; {seal.REMEDY}")))
+                continue
+            for other, problem in newer:
+                put_away(run, other, problem, folder.name)
+            return folder
+        newer.append((folder, ""))
+    raise UserError(f"no checkpoint of {run} is whole: {newer[0][1]}; start anew with another --run_name")
+
+
+def put_away(run: Path, folder: Path, problem: str, used: str) -> None:
+    """A damaged checkpoint, or one that is later than the one chosen by hand, which keeps its records."""
+    if problem:
+        return say(f"WARNING: {problem}; going on from {used} (kept as {set_aside(folder, 'damaged').name})")
+    if (run / "metrics.jsonl").is_file():
+        shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
+    say(f"{folder.name} is later than {used} (kept as {set_aside(folder, 'later').name}, with metrics.jsonl)")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -69,12 +69,14 @@ def read_metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
 def record_of(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl, null as NaN; None where it is no record of a step."""
     try:
-        record = json.loads(
-            line, object_hook=lambda o: {k: math.nan if v is None else v for k, v in o.items()}
-        )
+        record = json.loads(line, object_hook=with_nan)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in values.items()}
 
 
 @cache

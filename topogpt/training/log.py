@@ -181,7 +181,7 @@ def strict(values: Any) -> Any:
 
 
 def clean(metrics: Path, step: int) -> int:
-    """Keep the lines of the first `step` steps; move those that are damaged aside, and return their number."""
+    """Keep the lines of the first `step` steps; move damaged ones aside, and return their number."""
     if not metrics.exists():
         return 0
     lines = [line + b"\n" for line in metrics.read_bytes().split(b"\n") if line.strip()]

@@ -114,9 +114,12 @@ def log_step(t: Training, step: int, means: list[float], speed: dict[str, float]
         step,
         f"step {step:,}/{cfg.max_steps:,}  {text}  lr {lr:.1e}  grad norm {grad_norm:.2f}  {rate}  {eta}",
     )
-    if most:
-        now = f"{int(skipped)} steps in a row are skipped" if skipped else "training goes on"
-        log.say(f"step {step:,}: the gradient was not finite in up to {int(most)} steps in a row; {now}")
+    if skipped:
+        log.say(f"step {step:,}: the gradient is not finite; {int(skipped)} steps in a row are skipped")
+    elif most:
+        log.say(
+            f"step {step:,}: up to {int(most)} steps in a row were skipped, as the gradient was not finite"
+        )
     if most >= cfg.max_skipped:
         message = (
             f"max_skipped = {cfg.max_skipped} steps in a row had a non-finite gradient; the checkpoints in "
@@ -142,8 +145,8 @@ def say_goodbye(t: Training, run: Path, log: RunLog, *, early: bool, told: bool)
     """Say why and where the run ended; raises UserError on every rank where a file could not be written."""
     state = t.state
     if told:
-        why = log.trouble or "stopped by a signal"
-        log.say(f"{why}; stopped at step {state.step:,}; the checkpoint is saved, --resume continues")
+        why = "as a file cannot be written" if log.trouble else "by a signal"
+        log.say(f"stopped {why} at step {state.step:,}; the checkpoint is saved, --resume continues")
     elif early:
         log.say(
             f"stopped early at step {state.step:,}: validation cross-entropy rose {state.increases} times "

@@ -88,7 +88,7 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Tr
 
 
 def whole_checkpoint(cfg: TrainConfig, ranks: Ranks, chosen: Path) -> Path:
-    """The checkpoint to resume from: the one chosen by hand, or the newest that is whole, as rank 0 finds it."""
+    """The checkpoint to resume from, as rank 0 finds it: chosen by hand, or the newest that is whole."""
     step, run, problem = -1, chosen.parents[1], None
     if ranks.is_main:
         try:
