@@ -15,6 +15,7 @@ from topogpt.errors import UserError
 from topogpt.files import sha256
 
 FILES = ("model.safetensors", "optimizer.pt", "state.json")
+WITHOUT_HASHES = {"config", "data", "connectome", "train_state"}  # what state.json of an older version holds
 WEIGHTS = ("model.safetensors",)
 REMEDY = "use another checkpoint (--checkpoint last or step-N)"
 
@@ -38,9 +39,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state["config"]["model"], dict) or not isinstance(state["train_state"], dict):
             raise ValueError("it has no settings")
-        hashes = state.get("sha256")
         content = {key: value for key, value in state.items() if key != "sha256"}
-        if hashes is not None and hashes["state.json"] != hash_of(content):
+        is_older = state.keys() <= WITHOUT_HASHES
+        if not is_older and state["sha256"]["state.json"] != hash_of(content):
             raise ValueError("it is not what was written (its SHA-256 is another)")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
