@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def holder(folder):
     (run / "config.yaml").touch()
     yield process
     process.kill()
-    process.wait()
+    process.communicate()
     (run / "config.yaml").unlink()
 
 
@@ -96,7 +95,8 @@ def test_a_start_that_fails_leaves_no_folder(folder):
     cfg = tiny.config(folder, "fails", train_data_dir=("nowhere",))
     with pytest.raises(UserError, match="nowhere"), preflight.locked(cfg):
         pass
-    with pytest.raises(UserError, match="there is no run"), preflight.locked(replace(cfg, resume=True)):
+    new = tiny.config(folder, "fails", resume=True)
+    with pytest.raises(UserError, match="there is no run"), preflight.locked(new):
         pass
     assert not tiny.folder_of(cfg).exists()
 

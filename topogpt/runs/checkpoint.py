@@ -241,7 +241,7 @@ def compare_moments(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str,
     if saved and set(saved) != set(range(len(trained))):
         raise ValueError(f"it has moments of {len(saved)} weights, not of {len(trained)}")
     for i, moments in saved.items():
-        for name, t in moments.items():
+        for name, t in dict(moments).items():
             shape = () if name == "step" else trained[i].shape
             if t.shape != shape or t.dtype != torch.float32:
                 raise ValueError(f"{name} of weight {i} is {t.dtype} {tuple(t.shape)}, not {tuple(shape)}")
