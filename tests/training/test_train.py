@@ -333,6 +333,19 @@ def test_training_gives_up_after_max_skipped_steps_and_keeps_the_last_good_weigh
     assert tiny.records(run, "train")[-1]["skipped_in_a_row"] == 0
 
 
+def test_skipped_steps_count_between_logged_ones(folder, monkeypatch, capsys):
+    break_gradients(monkeypatch, 2, 3, 4, 5)
+    cfg = tiny.config(folder, "unlogged", max_skipped=5, log_every=9, eval_every=100)
+    train(cfg)
+    assert "step 9: the gradient was not finite; up to 4 steps in a row" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(maps, "draw", lambda *args, **kwargs: None)
+    break_gradients(monkeypatch, 2, 3, 4, 5)
+    with pytest.raises(UserError, match="max_skipped = 4 "):
+        train(replace(cfg, run_name="unlogged_too", max_skipped=4))
+    assert [r["step"] for r in tiny.records(folder / "out" / "unlogged_too", "train")] == [9]
+
+
 def test_steps_skipped_in_a_row_are_counted_across_a_resumption(folder, monkeypatch):
     break_gradients(monkeypatch, *range(100))
     cfg = tiny.config(folder, "broken_twice", max_skipped=4, max_steps=2, eval_every=100)

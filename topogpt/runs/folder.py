@@ -95,7 +95,7 @@ def read_maps(run: Path, step: int) -> dict[str, np.ndarray] | None:
             found = dict(arrays)
         if not found or len({a.shape for a in found.values()}) > 1 or next(iter(found.values())).ndim != 3:
             raise ValueError("not the maps of sheets")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"maps {path} are damaged: {' '.join(str(error).split())}; delete the file to go on without them"
         ) from None

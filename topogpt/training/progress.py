@@ -117,9 +117,7 @@ def log_step(t: Training, step: int, means: list[float], speed: dict[str, float]
     if skipped:
         log.say(f"step {step:,}: the gradient is not finite; {int(skipped)} steps in a row are skipped")
     elif most:
-        log.say(
-            f"step {step:,}: up to {int(most)} steps in a row were skipped, as the gradient was not finite"
-        )
+        log.say(f"step {step:,}: the gradient was not finite; up to {int(most)} steps in a row were skipped")
     if most >= cfg.max_skipped:
         message = (
             f"max_skipped = {cfg.max_skipped} steps in a row had a non-finite gradient; the checkpoints in "
