@@ -19,6 +19,7 @@ from topogpt.terminal import say
 
 NAME = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of some file systems of networks
+PATIENCE = 0.5  # seconds
 OURS: set[tuple[int, int]] = set()  # device and inode of what this process holds
 
 
@@ -85,23 +86,30 @@ def take(run: Path) -> IO[str]:
 
 
 def lock(file: IO[str], run: Path) -> None:
-    """Lock a file without waiting."""
+    """Lock a file, at once or within PATIENCE: a killed holder's child may be about to close its copy."""
     try:
         import fcntl
     except ImportError:
         return  # Windows
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = " ".join(file.read(200).split()) or "another process"
-        raise UserError(
-            f"run {run} is being written by {holder}; wait for it, end it, or choose another --run_name"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        say(f"warning: {run} cannot be locked ({error.strerror}); see that no other process writes into it")
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(0.05)
+                continue
+            file.seek(0)
+            holder = " ".join(file.read(200).split()) or "another process"
+            raise UserError(
+                f"run {run} is being written by {holder}; wait for it, end it, or choose another --run_name"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return say(
+                f"warning: {run} cannot be locked ({error.strerror}); see that no other process writes into it"
+            )
 
 
 def identity(file: IO[str]) -> tuple[int, int]:
