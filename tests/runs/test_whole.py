@@ -358,6 +358,9 @@ def test_resuming_says_which_settings_changed(run, capsys):
     assert "resume: val_tokens = 300" in (run / "log.txt").read_text()
 
 
-def test_resuming_as_before_says_nothing_of_settings(run, capsys):
+def test_resuming_as_before_says_nothing_of_settings_and_sweeps_up(run, capsys):
+    for left in (run / ".config.yaml.host-1.tmp", run / "maps" / ".step-000004.npz.host-1.tmp"):
+        left.touch()
     train(resumed(run))
+    assert not list(run.glob("**/.*.tmp"))
     assert "resume:" not in capsys.readouterr().out

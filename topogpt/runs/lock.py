@@ -108,7 +108,7 @@ def lock(file: IO[str], run: Path) -> None:
             if error.errno not in NO_LOCKS:
                 raise
             return say(
-                f"warning: {run} cannot be locked ({error.strerror}); see that no other process writes into it"
+                f"warning: {run} cannot be locked ({error.strerror}); let no other process write into it"
             )
 
 

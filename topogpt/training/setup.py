@@ -136,6 +136,8 @@ def open_run_folder(t: Training, corpora: Checked) -> Path:
             if cfg.overwrite and run.exists():
                 folder.clear(run)
             (run / "maps").mkdir(parents=True, exist_ok=True)
+            for left in (*run.glob(".*.tmp"), *run.glob("maps/.*.tmp")):  # by a kill
+                left.unlink()
             if corpora.resume_from:
                 folder.restore_links(run, t.state)
             elif t.connectome:
