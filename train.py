@@ -24,7 +24,6 @@ import torch
 
 from topogpt import distributed
 from topogpt.distributed import Ranks
-from topogpt.runs import checkpoint, folder
 from topogpt.runs.state import TrainState
 from topogpt.training import progress, setup
 from topogpt.training.interrupt import StopSignals
@@ -36,8 +35,12 @@ from topogpt.training.validation import evaluate, report
 
 def train(cfg: TrainConfig) -> TrainState:
     """Run the training that cfg describes, from the start or from a checkpoint; return where it ended."""
-    corpora = preflight.check(cfg)
-    with distributed.start(cfg.device) as ranks, setup.explain_out_of_memory(cfg), StopSignals() as signals:
+    with (
+        preflight.locked(cfg) as corpora,
+        distributed.start(cfg.device) as ranks,
+        setup.explain_out_of_memory(cfg),
+        StopSignals() as signals,
+    ):
         # a call of its own, so that DDP is gone before the process group is
         return run_loop(cfg, ranks, corpora, signals)
 
@@ -53,6 +56,7 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
 
         steps = loader.steps(state.step)
         skipped_in_a_row = torch.tensor(float(state.skipped_in_a_row), device=ranks.device)
+        most_skipped = torch.zeros_like(skipped_in_a_row)  # of these, since the last logged step
         clock = progress.Clock(t)
         stopped_early = told_to_stop = False
         for step in range(state.step, cfg.max_steps + 1):
@@ -65,16 +69,13 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
                 best = state.update(values.cross_entropy)
                 report(t, values, corpora.val, run, log)
             stopped_early = 0 < cfg.patience <= state.increases
-            told_to_stop = ranks.any(signals.received)
+            told_to_stop = ranks.any(signals.received or log.trouble is not None)
             stop = finished or stopped_early or told_to_stop
 
             # ---- once in a while: save, publish
             if best or stop or step % cfg.save_every == 0:
                 state.skipped_in_a_row = int(skipped_in_a_row)
-                if ranks.is_main:
-                    record = corpora.record(cfg)
-                    checkpoint.save(run, t.model, t.objective.positions, t.optimizer, state, record)
-                    folder.prune(run, cfg.keep_last)
+                setup.save(t, run, corpora, log)
                 clock.restart(step)
             if cfg.push_every and step and step % (cfg.push_every * cfg.eval_every) == 0 and not stop:
                 publish(run, cfg, log)
@@ -85,12 +86,14 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
             # ---- one optimiser step
             done = optimizer_step(t, step, next(steps))
             skipped_in_a_row = (skipped_in_a_row + done.skip) * done.skip
+            most_skipped = torch.maximum(most_skipped, skipped_in_a_row)
 
             # ---- once in a while: log this step; the one place where the host waits for the device
             if (step + 1) % cfg.log_every == 0:
-                means = ranks.mean(torch.stack([*done.losses, done.grad_norm, skipped_in_a_row])).tolist()
-                progress.log_step(t, step + 1, means, clock.read(step + 1), log)
-        progress.say_goodbye(run, state, log, early=stopped_early, told=told_to_stop)
+                found = torch.stack([*done.losses, done.grad_norm, skipped_in_a_row, most_skipped])
+                progress.log_step(t, step + 1, ranks.mean(found).tolist(), clock.read(step + 1), log)
+                most_skipped = torch.zeros_like(skipped_in_a_row)
+        progress.say_goodbye(t, run, log, early=stopped_early, told=told_to_stop)
         if cfg.push_to_hf and not told_to_stop:
             publish(run, cfg, log)
         return state

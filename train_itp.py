@@ -21,7 +21,7 @@ from topogpt.errors import run_main
 from topogpt.files import read_json, write_json, write_text
 from topogpt.model import connectome
 from topogpt.model.cost import weight_shapes
-from topogpt.runs import folder
+from topogpt.runs import folder, lock
 from topogpt.settings import ItpConfig, TrainConfig
 from topogpt.terminal import print_table, say
 from topogpt.training import preflight
@@ -34,12 +34,13 @@ FIXED = "max_steps prune per exempt inherit patience".split()  # besides what tr
 
 def main(argv: list[str]) -> None:
     cfg = parse(ItpConfig, argv, prog="train_itp.py")
-    corpora = check(cfg)
     os.environ.setdefault("WANDB_RUN_GROUP", cfg.run_name)
-    from topogpt import distributed  # with torch, which takes seconds
+    with lock.held(Path(cfg.out_dir) / cfg.run_name, make=not cfg.resume):
+        corpora = check(cfg)
+        from topogpt import distributed  # with torch, which takes seconds
 
-    with distributed.start(cfg.device) as ranks:
-        grow(cfg, ranks, corpora)
+        with distributed.start(cfg.device) as ranks:
+            grow(cfg, ranks, corpora)
 
 
 def check(cfg: ItpConfig) -> preflight.Checked:
@@ -62,7 +63,7 @@ def grow(cfg: ItpConfig, ranks: "Ranks", corpora: preflight.Checked) -> None:
     root, rows = Path(cfg.out_dir) / cfg.run_name, []
     if ranks.is_main:
         if cfg.overwrite and root.exists():
-            shutil.rmtree(root)
+            folder.clear(root)
         root.mkdir(parents=True, exist_ok=True)
         write_text(root / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False)))
     ranks.barrier()

@@ -191,6 +191,7 @@ class LoopConfig:
     wandb_project: str = "topogpt"  # its project
 
     resume: bool = False  # continue the run from its last checkpoint
+    checkpoint: str | None = None  # with resume: from best, last or step-N; None: the newest whole one
     overwrite: bool = False  # delete the run of this name, if there is one, and start afresh
     out_dir: str = "out"  # where run folders lie
     seed: int = 1337  # of initialisation, data order, dropout and neighbourhoods

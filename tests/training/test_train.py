@@ -333,6 +333,19 @@ def test_training_gives_up_after_max_skipped_steps_and_keeps_the_last_good_weigh
     assert tiny.records(run, "train")[-1]["skipped_in_a_row"] == 0
 
 
+def test_skipped_steps_count_between_logged_ones(folder, monkeypatch, capsys):
+    break_gradients(monkeypatch, 2, 3, 4, 5)
+    cfg = tiny.config(folder, "unlogged", max_skipped=5, log_every=9, eval_every=100)
+    train(cfg)
+    assert "step 9: the gradient was not finite; up to 4 steps in a row" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(maps, "draw", lambda *args, **kwargs: None)
+    break_gradients(monkeypatch, 2, 3, 4, 5)
+    with pytest.raises(UserError, match="max_skipped = 4 "):
+        train(replace(cfg, run_name="unlogged_too", max_skipped=4))
+    assert [r["step"] for r in tiny.records(folder / "out" / "unlogged_too", "train")] == [9]
+
+
 def test_steps_skipped_in_a_row_are_counted_across_a_resumption(folder, monkeypatch):
     break_gradients(monkeypatch, *range(100))
     cfg = tiny.config(folder, "broken_twice", max_skipped=4, max_steps=2, eval_every=100)
@@ -355,14 +368,20 @@ def test_a_learning_rate_of_madness_ends_with_finite_weights(folder):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_named(run, folder, name, how):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, folder, name, how, capsys):
     damaged = run.with_name(f"damaged_{how}_{name}")
     shutil.copytree(run, damaged, symlinks=True)
     file = damaged / "checkpoints" / "step-000018" / name
     file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    given = tiny.config(folder, damaged.name, resume=True, max_steps=16)
     with pytest.raises(UserError, match=rf"step-000018 is \w+: {name}.*use another checkpoint") as error:
-        train(tiny.config(folder, damaged.name, resume=True, max_steps=20))
+        train(replace(given, checkpoint="step-18"))
     assert "\n" not in str(error.value)
+    assert train(given).step == 16
+    said = capsys.readouterr().out
+    assert f"WARNING: checkpoint {file.parent} is " in said and "resuming at step 15" in said
+    assert (damaged / "checkpoints" / "step-000018.damaged").is_dir()
+    assert (damaged / "last").resolve().name == "step-000016"
 
 
 def test_checkpoints_are_found_by_name(run):

@@ -3,7 +3,6 @@
 subject = load_subject(cfg, "out/topolm")       # or an exported folder, or USER/NAME on the Hub
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from topogpt import topo, topography
 from topogpt.errors import UserError, check_at_least
 from topogpt.files import sha256
+from topogpt.runs.seal import read_state
 
 if TYPE_CHECKING:  # --help and mistakes answer at once
     from topogpt.model.gpt import GPT
@@ -159,7 +159,7 @@ def load_subject(cfg: EvalConfig, source: str) -> Subject:
 
     loaded = load_model(source, cfg.checkpoint, pick_device(cfg.device))
     positions = positions_on(cfg, source, loaded)
-    settings = settings_of(loaded.folder)
+    settings, hashed = settings_of(loaded.folder), weights_hash(loaded.folder)
     results = Path(cfg.results_dir) if cfg.results_dir else results_folder(source)
     if loaded.positions and positions.keys() != loaded.positions.keys():  # beside those of its own sheets
         results = results / topo.layout_of(positions, loaded.model.cfg.n_layer)
@@ -168,7 +168,6 @@ def load_subject(cfg: EvalConfig, source: str) -> Subject:
     except OSError as error:
         raise UserError(f"{results} cannot be made: {error.strerror}; choose another --results_dir") from None
     label = settings["run_name"] if settings else source.rstrip("/")
-    hashed = sha256(*sorted(loaded.folder.glob("model*.safetensors")))
     return Subject(label, loaded.model, positions, results, loaded.folder, settings, hashed)
 
 
@@ -176,10 +175,25 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     """Settings of the run that a checkpoint or an exported folder comes from, where it says."""
     import yaml
 
-    state, exported = folder / "state.json", folder / "training_config.yaml"
-    if state.is_file():
-        return json.loads(state.read_text(encoding="utf-8"))["config"]
-    return yaml.safe_load(exported.read_text(encoding="utf-8")) if exported.is_file() else None
+    exported = folder / "training_config.yaml"
+    if (folder / "state.json").is_file():
+        return read_state(folder)["config"]
+    if not exported.is_file():
+        return None
+    try:
+        settings = yaml.safe_load(exported.read_text(encoding="utf-8"))
+        settings["run_name"], settings["model"], settings["topo"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{exported} is damaged: {reason}; export the model again") from None
+    return settings
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of the weights, which a run's checkpoint has in its state.json, compared when it was loaded."""
+    if (folder / "state.json").is_file() and (known := read_state(folder).get("sha256")):
+        return known["model.safetensors"]
+    return sha256(*sorted(folder.glob("model*.safetensors")))
 
 
 def results_folder(source: str) -> Path:

@@ -1,31 +1,36 @@
 """Checkpoints: weights, positions and optimiser of a step, saved whole or not at all, and loaded.
 
 A checkpoint is written under a temporary name, fsynced and renamed, so one that has its final name is
-complete. That of a model with adapters holds the merged weights in model.safetensors, so it is read like any
-other, and the adapters beside them; the weights they were added to are in the run's folder, once.
+complete; whether it still is what was written, the hashes in its state.json tell (seal.py). That of a model
+with adapters holds the merged weights in model.safetensors, so it is read like any other, and the adapters
+beside them; the weights they were added to are in the run's folder, once.
 """
 
 import dataclasses
-import json
+import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from topogpt import topo
 from topogpt.errors import UserError
-from topogpt.files import fsync, permit, whole
+from topogpt.files import fsync, permit, sha256, whole
 from topogpt.model import lora
+from topogpt.model.cost import weight_shapes
 from topogpt.model.gpt import GPT
-from topogpt.runs.folder import complete, find_checkpoint, point, read_state, step_folder
+from topogpt.runs import seal
+from topogpt.runs.folder import complete, find_checkpoint, point, set_aside, step_folder
 from topogpt.runs.state import TrainState
 from topogpt.settings import GPTConfig
+from topogpt.terminal import say
 from topogpt.topography import PREFIX
 
 BASE_FILE = "base.safetensors"  # of a run: the weights that its adapters are added to
@@ -45,20 +50,21 @@ def save(
     `record` is kept in state.json beside train_state.
     """
     final = step_folder(run, state.step)
-    if not final.exists():
-        try:
+    try:
+        if not final.exists():
             if lora.is_adapted(model) and not complete(run):
                 with whole(run / BASE_FILE) as part:
                     save_weights(lora.split_weights(model)[0], part)
             write(final, model, positions, optimizer, {**record, "train_state": dataclasses.asdict(state)})
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-            raise UserError(
-                f"checkpoint {final} cannot be written: {error}; those before it are kept: make room, "
-                "then --resume"
-            ) from None
-    point(run / "last", final)
-    if state.best_step == state.step:
-        point(run / "best", final)
+        point(run / "last", final)
+        if state.best_step == state.step:
+            point(run / "best", final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"checkpoint {final} cannot be written: {reason}; those before it are kept: make room, then "
+            "--resume"
+        ) from None
     return final
 
 
@@ -69,20 +75,40 @@ def write(
     optimizer: torch.optim.Optimizer,
     content: dict[str, Any],
 ) -> None:
-    """Write the files of a checkpoint under a temporary name, sync them, and rename."""
+    """Write the files of a checkpoint under a temporary name, sync and hash them, and rename.
+
+    A file is hashed and synced while the next one is written.
+    """
     part = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     base, adapters = lora.split_weights(model)
     sheets = {PREFIX + sheet: torch.from_numpy(p.astype(np.int16)) for sheet, p in positions.items()}
-    save_weights(lora.merge(model, base, adapters) | sheets, part / "model.safetensors")
-    if adapters:
-        save_weights(adapters, part / ADAPTER_FILE)
-    torch.save(optimizer.state_dict(), part / "optimizer.pt")
-    (part / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for path in (*part.iterdir(), part):
-        fsync(path)
-    part.rename(final)
+    try:
+        with ThreadPoolExecutor() as pool:
+            hashes, synced = {}, []
+
+            def finish(name: str) -> None:
+                hashes[name] = pool.submit(sha256, part / name)
+                synced.append(pool.submit(fsync, part / name))
+
+            save_weights(lora.merge(model, base, adapters) | sheets, part / "model.safetensors")
+            finish("model.safetensors")
+            if adapters:
+                save_weights(adapters, part / ADAPTER_FILE)
+                finish(ADAPTER_FILE)
+            torch.save(optimizer.state_dict(), part / "optimizer.pt")
+            finish("optimizer.pt")
+            found = {name: job.result() for name, job in hashes.items()}
+            for job in synced:
+                job.result()
+        (part / "state.json").write_text(seal.state_text(content, found), encoding="utf-8")
+        for path in (part / "state.json", part):
+            fsync(path)
+        part.rename(final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # half of it would fill the disk
+        raise
     fsync(final.parent)
 
 
@@ -92,7 +118,11 @@ def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    """Weights by name, without the tied head, and positions by sheet, in forward order, of a checkpoint."""
+    """Weights by name, without the tied head, and positions by sheet, in forward order, of a checkpoint.
+
+    Raises UserError where they are not those of its settings.
+    """
+    compare_tensors(folder, seal.read_state(folder)["config"])
     tensors = read_tensors(folder / "model.safetensors")
     positions = {
         name.removeprefix(PREFIX): t.numpy().astype(np.int64)
@@ -103,13 +133,68 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]
     return {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}, positions
 
 
+def compare_tensors(folder: Path, config: dict[str, Any]) -> None:
+    """Raise UserError where names, types or shapes in model.safetensors are not those of these settings."""
+    try:
+        model, layout = GPTConfig(**config["model"]), config.get("topo", {}).get("layout", "per_branch")
+        units = math.prod(topo.sheet_shape(layout, model.n_layer, model.n_embd, model.n_hidden))
+        expected = {name: ("F32", shape) for name, shape in weight_shapes(model).items()}
+        sheets = topo.sheet_names(model.n_layer, layout)
+        expected |= {PREFIX + sheet: ("I16", (units, 2)) for sheet in sheets}
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise damaged(folder, "model.safetensors", error) from None
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if wrong:
+        there, wanted = (said.get(wrong[0], "missing") for said in (found, expected))
+        wanted = "nothing of the name" if wanted == "missing" else wanted
+        raise damaged(folder, "model.safetensors", f"{wrong[0]} is {there}, not {wanted}")
+
+
+def damaged(folder: Path, name: str, reason: object) -> UserError:
+    said = " ".join(str(reason).split())[:150]
+    return UserError(f"checkpoint {folder} is damaged: {name}: {said}; {seal.REMEDY}")
+
+
+def last_whole(run: Path, chosen: Path | None = None) -> Path:
+    """The newest checkpoint of a run that is whole; newer ones, damaged, are said and lose their names.
+
+    Args:
+        chosen: by hand: it must be whole; newer ones lose their names, too.
+    """
+    newer: list[tuple[Path, str]] = []  # and what is wrong with it
+    for folder in complete(run)[::-1]:
+        if chosen in (None, folder):
+            try:
+                compare_tensors(folder, seal.check(folder)["config"])
+            except UserError as error:
+                if chosen:
+                    raise
+                newer.append((folder, str(error).removesuffix(f"; {seal.REMEDY}")))
+                continue
+            for other, problem in newer:
+                put_away(run, other, problem, folder.name)
+            return folder
+        newer.append((folder, ""))
+    raise UserError(f"no checkpoint of {run} is whole: {newer[0][1]}; start anew with another --run_name")
+
+
+def put_away(run: Path, folder: Path, problem: str, used: str) -> None:
+    """A damaged checkpoint, or one that is later than the one chosen by hand, which keeps its records."""
+    if problem:
+        return say(f"WARNING: {problem}; going on from {used} (kept as {set_aside(folder, 'damaged').name})")
+    if (run / "metrics.jsonl").is_file():
+        shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
+    say(f"{folder.name} is later than {used} (kept as {set_aside(folder, 'later').name}, with metrics.jsonl)")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"checkpoint {path.parent} is damaged: {path.name}: {error}; use another checkpoint"
-        ) from None
+        raise damaged(path.parent, path.name, error) from None
 
 
 def load_adapters(model: GPT, folder: Path, merged: dict[str, Tensor]) -> None:
@@ -139,14 +224,27 @@ def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, device: torch.device) -> None:
     """Moments and step counts from a checkpoint; learning rate, betas and decay stay as configured now."""
     try:
-        saved = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-        raise UserError(
-            f"checkpoint {folder} is damaged: optimizer.pt: {error}; use another checkpoint"
-        ) from None
-    optimizer.load_state_dict(
-        {"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+        saved = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)["state"]
+        several = hasattr(optimizer, "parts")
+        parts = zip(optimizer.parts, saved, strict=True) if several else [(optimizer, saved)]
+        for part, state in parts:
+            compare_moments(part, state)
+        groups = optimizer.state_dict()["param_groups"]
+    except (RuntimeError, EOFError, OSError, UnpicklingError, ValueError, LookupError, TypeError) as error:
+        raise damaged(folder, "optimizer.pt", error) from None
+    optimizer.load_state_dict({"state": saved, "param_groups": groups})
+
+
+def compare_moments(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Tensor]]) -> None:
+    """Raise ValueError where moments are not of the shape and type of what they are moments of."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if saved and set(saved) != set(range(len(trained))):
+        raise ValueError(f"it has moments of {len(saved)} weights, not of {len(trained)}")
+    for i, moments in saved.items():
+        for name, t in dict(moments).items():
+            shape = () if name == "step" else trained[i].shape
+            if t.shape != shape or t.dtype != torch.float32:
+                raise ValueError(f"{name} of weight {i} is {t.dtype} {tuple(t.shape)}, not {tuple(shape)}")
 
 
 class LoadedRun(NamedTuple):
@@ -157,10 +255,10 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(run: Path, which: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
-    """Load a run's model; `which` is best, last or step-N."""
-    folder = find_checkpoint(run, which)
-    state = read_state(folder)
-    model = GPT(GPTConfig(**state["config"]["model"]))
+    """Load a run's model, whose weights must be what was written; `which` is best, last or step-N."""
+    folder = find_checkpoint(run, which).resolve()  # the link may lead elsewhere while this reads
+    state = seal.check(folder, seal.WEIGHTS)
     weights, positions = load_tensors(folder)
+    model = GPT(GPTConfig(**state["config"]["model"]))
     load_weights(model, weights)
-    return LoadedRun(model.to(device).eval(), positions, state, folder.resolve())
+    return LoadedRun(model.to(device).eval(), positions, state, folder)

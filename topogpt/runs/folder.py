@@ -3,24 +3,29 @@
     out/RUN/config.yaml  provenance.json  metrics.jsonl  log.txt  maps/
     out/RUN/checkpoints/step-000500/   model.safetensors, optimizer.pt, state.json (checkpoint.py)
     out/RUN/best, out/RUN/last         links to two of them
+    out/RUN/.lock                      while a process writes here (lock.py)
 
 Nothing here imports torch, so that preflight.py can look into a run at once.
 """
 
 import json
+import math
 import os
+import re
 import shutil
+import sys
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from topogpt.errors import UserError
+from topogpt.runs import lock
+from topogpt.runs.seal import read_state
 from topogpt.runs.state import TrainState
-
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "state.json")
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -32,7 +37,7 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     if not run.is_dir():
         raise UserError(f"run {run} does not exist; give the folder of a run, such as out/NAME")
     if which.startswith("step-"):
-        folder = step_folder(run, int(which[5:])) if which[5:].isdigit() else run / "checkpoints" / which
+        folder = step_folder(run, int(which[5:])) if which[5:].isdecimal() else run / "checkpoints" / which
     elif which in ("best", "last"):
         folder = run / which
     else:
@@ -43,28 +48,41 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     return folder
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: config, data fingerprint, train_state."""
-    missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"checkpoint {folder} is incomplete: {missing[0]} is missing; use another checkpoint")
-    try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"checkpoint {folder} is damaged: state.json: {error}; use another checkpoint"
-        ) from None
-
-
 def read_metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
-    """Records in metrics.jsonl, of a split or all, up to a line that a kill cut off; none without a file."""
-    records = []
+    """Records in metrics.jsonl, of a split or all, null as NaN; none without a file.
+
+    Lines that are no records are counted, and that is said; not the last one, which a run may be writing.
+    """
     try:
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            records.append(json.loads(line))
-    except (OSError, ValueError):
-        pass  # what was read until there counts
-    return [record for record in records if split in (None, record.get("split"))]
+        *lines, last = (run / "metrics.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{run / 'metrics.jsonl'} cannot be read: {error.strerror}") from None
+    records = [record_of(line) for line in lines if line.strip()]
+    if broken := records.count(None):
+        note(f"note: {run / 'metrics.jsonl'}: {broken} of {len(records)} lines are damaged and left out")
+    found = [record for record in [*records, record_of(last)] if record]
+    return [record for record in found if split in (None, record.get("split"))]
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, null as NaN; None where it is no record of a step."""
+    try:
+        record = json.loads(line, object_hook=with_nan)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in values.items()}
+
+
+@cache
+def note(line: str) -> None:
+    """Say something once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def read_maps(run: Path, step: int) -> dict[str, np.ndarray] | None:
@@ -77,7 +95,7 @@ def read_maps(run: Path, step: int) -> dict[str, np.ndarray] | None:
             found = dict(arrays)
         if not found or len({a.shape for a in found.values()}) > 1 or next(iter(found.values())).ndim != 3:
             raise ValueError("not the maps of sheets")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"maps {path} are damaged: {' '.join(str(error).split())}; delete the file to go on without them"
         ) from None
@@ -88,7 +106,7 @@ def prune(run: Path, keep_last: int) -> None:
     """Delete all checkpoints but the newest keep_last and `best`, and what killed runs left half written."""
     best = (run / "best").resolve()
     for old in complete(run)[:-keep_last]:
-        if old != best:
+        if old.resolve() != best:
             doomed = old.with_name(f".{old.name}.tmp")
             old.rename(doomed)  # so that a kill in the middle of the deletion leaves no half checkpoint
     for doomed in (run / "checkpoints").glob(".*.tmp"):
@@ -96,19 +114,38 @@ def prune(run: Path, keep_last: int) -> None:
 
 
 def complete(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted(
-        (run / "checkpoints").resolve().glob("step-*"), key=lambda p: int(p.name.removeprefix("step-"))
-    )
+    """Checkpoints of a run that have their final name, oldest first; step-000012.bak is none."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted((p for p in found if p.is_dir()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint to resume from."""
-    return (complete(run) or [None])[-1]
+    """The checkpoint to resume from: the newest whose state.json is whole, or that is at least there."""
+    there = complete(run)[::-1]
+    return next((folder for folder in there if is_readable(folder)), (there or [None])[0])
+
+
+def is_readable(folder: Path) -> bool:
+    try:
+        return bool(read_state(folder))
+    except UserError:
+        return False
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint, so that it is none any more: step-000012.damaged; a person may delete it."""
+    names = (f"{folder.name}.{why}" + (f"-{n}" if n else "") for n in range(10**6))
+    return folder.rename(next(p for name in names if not (p := folder.with_name(name)).exists()))
 
 
 def point(link: Path, target: Path) -> None:
-    """Set a relative link, atomically."""
+    """Set a relative link, atomically; `cp -rL` has made a folder of the link before."""
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
     part = link.with_name(f".{link.name}.tmp")
     part.unlink(missing_ok=True)
     part.symlink_to(os.path.relpath(target, link.parent))
@@ -116,7 +153,39 @@ def point(link: Path, target: Path) -> None:
 
 
 def restore_links(run: Path, state: TrainState) -> None:
-    """Set `last` and `best` as they were when the newest checkpoint was written, if a kill came before."""
+    """Set `last` and `best` as they were when the newest checkpoint was written, if a kill came before.
+
+    Where the best one is gone (the one that followed it was left out, being damaged), it is the one that is
+    resumed from, or the next to be evaluated.
+    """
+    for name in ("best", "last"):
+        keep_copy(run, run / name)
     point(run / "last", step_folder(run, state.step))
-    if state.best_step is not None and step_folder(run, state.best_step).is_dir():
+    if state.best_step is not None and not step_folder(run, state.best_step).is_dir():
+        evaluated = state.evaluated_at == state.step
+        state.best_cross_entropy = state.last_cross_entropy if evaluated else None
+        state.best_step = state.step if evaluated else None
+    if state.best_step is not None:
         point(run / "best", step_folder(run, state.best_step))
+    elif (run / "best").is_symlink():
+        (run / "best").unlink()
+
+
+def keep_copy(run: Path, link: Path) -> None:
+    """What `cp -rL` has made of a link goes to the checkpoints, if the one it is a copy of is not there."""
+    if link.is_dir() and not link.is_symlink() and is_readable(link):
+        own = step_folder(run, read_state(link)["train_state"]["step"])
+        if not own.exists():
+            link.rename(own)
+
+
+def clear(run: Path) -> None:
+    """Delete what is in a run's folder, but for its lock."""
+    for path in run.iterdir():
+        if path.name != lock.NAME:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def is_empty(run: Path) -> bool:
+    """Whether there is nothing in the folder of a run, or only its lock."""
+    return not run.exists() or run.is_dir() and all(path.name == lock.NAME for path in run.iterdir())

@@ -1,21 +1,30 @@
 """What a run writes down: metrics.jsonl (the record), log.txt, lines or a bar on screen, a copy on wandb."""
 
+import contextlib
 import dataclasses
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from topogpt.files import write_text
+from topogpt.errors import UserError
+from topogpt.files import write_bytes
+from topogpt.runs.folder import record_of
 from topogpt.settings import TrainConfig
 
 
 class RunLog:
-    """Writes on the main rank; on the others every call does nothing."""
+    """Writes on the main rank; on the others every call does nothing.
+
+    A file that cannot be written (a full disk, a terminal that is gone) stops no call: `trouble` says so, and
+    the loop saves and ends.
+    """
 
     def __init__(self, run: Path, is_main: bool, step: int, max_steps: int) -> None:
         """Open the log of a run at `step` (-1: before the first); what a killed run wrote beyond it is
@@ -24,28 +33,47 @@ class RunLog:
         self.is_main, self.run = is_main, run
         self.wandb: Any = None
         self.said: set[str] = set()
+        self.trouble: str | None = None
         if not is_main:
             return
-        metrics = run / "metrics.jsonl"
-        if metrics.exists():
-            lines = [
-                line for line in metrics.read_text(encoding="utf-8").splitlines(True) if is_up_to(line, step)
-            ]
-            write_text(metrics, "".join(lines))
-        self.metrics = metrics.open("a", encoding="utf-8")
-        self.text = (run / "log.txt").open("a", encoding="utf-8")
+        try:
+            n_broken = clean(run / "metrics.jsonl", step)
+            self.metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
+            self.text = (run / "log.txt").open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be written: {error.strerror}; make room") from None
         self.bar = tqdm(
             total=max_steps, initial=max(step, 0), unit="step", disable=not sys.stderr.isatty(), leave=False
         )
+        if n_broken:
+            self.say(f"note: {n_broken} damaged lines of metrics.jsonl are now in metrics.damaged.txt")
+
+    @contextlib.contextmanager
+    def writing(self, what: Path | str) -> Iterator[None]:
+        """Take note of what cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            self.trouble = self.trouble or f"{what} cannot be written: {error.strerror or error}"
+            if isinstance(error, BrokenPipeError):  # what else is printed has no reader either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def sync(self) -> None:
+        """Bring the records to the disk, before a checkpoint counts on them."""
+        if self.is_main:
+            with self.writing(self.run / "metrics.jsonl"):
+                self.metrics.flush()  # what could not be written before, too
+                os.fsync(self.metrics.fileno())
 
     def say(self, line: str) -> None:
         """Print a line and keep it in log.txt."""
         if self.is_main:
             self.write(line)
-            if self.bar.disable:
-                print(line, flush=True)
-            else:
-                self.bar.write(line)
+            with self.writing("standard output"):
+                if self.bar.disable:
+                    print(line, flush=True)
+                else:
+                    self.bar.write(line)
 
     def say_once(self, line: str) -> None:
         if line not in self.said:
@@ -53,15 +81,17 @@ class RunLog:
             self.say(line)
 
     def write(self, line: str) -> None:
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self.text.flush()
+        with self.writing(self.run / "log.txt"):
+            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self.text.flush()
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl, and copy its numbers to wandb, those of each sheet too."""
         if not self.is_main:
             return
-        self.metrics.write(json.dumps(values) + "\n")
-        self.metrics.flush()
+        with self.writing(self.run / "metrics.jsonl"):
+            self.metrics.write(json.dumps(strict(values), allow_nan=False) + "\n")
+            self.metrics.flush()
         if self.wandb is not None:
             self.mirror(lambda: self.wandb.log(curves(values), values["step"]))
 
@@ -84,8 +114,9 @@ class RunLog:
             self.say(line)
         else:
             self.write(line)
-            self.bar.set_postfix_str(line.partition("  ")[2], refresh=False)
-            self.bar.update(step - self.bar.n)
+            with self.writing("standard error"):
+                self.bar.set_postfix_str(line.partition("  ")[2], refresh=False)
+                self.bar.update(step - self.bar.n)
 
     def start_wandb(self, cfg: TrainConfig, run_id: str | None) -> str | None:
         """Start the copy on wandb and return the run's id there; a failure is said and does no harm."""
@@ -126,8 +157,9 @@ class RunLog:
             self.bar.close()
             if self.wandb is not None:
                 self.mirror(self.wandb.finish)
-            self.metrics.close()
-            self.text.close()
+            for file in (self.metrics, self.text):
+                with self.writing(file.name):
+                    file.close()
 
 
 def curves(values: Mapping[str, Any]) -> dict[str, float]:
@@ -141,9 +173,23 @@ def curves(values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def is_up_to(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and belongs to the first `step` steps."""
-    try:
-        return json.loads(line)["step"] <= step
-    except ValueError:
-        return False  # cut off by a kill
+def strict(values: Any) -> Any:
+    """As JSON has it: no number is not finite, but null."""
+    if isinstance(values, Mapping):
+        return {key: strict(value) for key, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def clean(metrics: Path, step: int) -> int:
+    """Keep the lines of the first `step` steps; move damaged ones aside, and return their number."""
+    if not metrics.exists():
+        return 0
+    lines = [line + b"\n" for line in metrics.read_bytes().split(b"\n") if line.strip()]
+    records = [record_of(line) for line in lines]
+    broken = [line for line, record in zip(lines, records, strict=True) if record is None]
+    if broken:
+        with metrics.with_name("metrics.damaged.txt").open("ab") as file:
+            file.writelines(broken)
+    kept = (line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step)
+    write_bytes(metrics, b"".join(kept))
+    return len(broken)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from topogpt import drawing, topo
+from topogpt.files import whole
 from topogpt.model.gpt import GPT
 
 
@@ -34,7 +35,8 @@ def token_maps(
 
 def save_arrays(path: Path, maps: Mapping[str, np.ndarray]) -> None:
     """Keep maps, so that a picture can be redrawn; runs.folder.read_maps reads them."""
-    np.savez_compressed(path, **{sheet: grids.astype(np.float32) for sheet, grids in maps.items()})
+    with whole(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **{sheet: grids.astype(np.float32) for sheet, grids in maps.items()})
 
 
 def draw(

@@ -1,10 +1,12 @@
 """What can be said of a run before torch is imported: is the data whole, is the folder free, does it divide.
 
-`check` changes nothing on disk, but for making out_dir.
+`check` changes nothing on disk, but for making out_dir; `locked` makes the run's folder, too, and locks it.
 """
 
+import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,16 @@ from topogpt.errors import UserError
 from topogpt.model import connectome
 from topogpt.model.lora import check_peft, layers_to_adapt
 from topogpt.ranks import read_place
-from topogpt.runs.folder import newest, read_state
+from topogpt.runs import lock
+from topogpt.runs.folder import find_checkpoint, is_empty, newest
+from topogpt.runs.seal import read_state
 from topogpt.settings import TrainConfig
 from topogpt.text.loader import Corpus, open_corpus
+
+# settings that say where things lie and how a start goes, not how the run goes on
+OF_A_START = (
+    "run_name out_dir train_data_dir val_data_dir init_from connectome resume overwrite checkpoint".split()
+)
 
 
 class Checked(NamedTuple):
@@ -22,6 +31,7 @@ class Checked(NamedTuple):
     val: Corpus
     resume_from: Path | None  # checkpoint to continue from
     connectome: str | None  # SHA-256 of the one that is inherited
+    changed: tuple[str, ...] = ()  # what --resume does with other settings than the run had, line by line
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -49,12 +59,34 @@ def check(cfg: TrainConfig) -> Checked:
     wiring = check_connectome(cfg) if cfg.connectome else None
     if rank == 0:
         check_run_folder(cfg)
-    folder = newest(Path(cfg.out_dir) / cfg.run_name) if cfg.resume else None
+    folder = checkpoint_to_resume(cfg)
+    changed: tuple[str, ...] = ()
     if rank == 0 and folder is not None:
         saved = read_state(folder)
         check_same_run(cfg, saved, train.fingerprint, val.fingerprint)
         check_same_connectome(cfg, saved, wiring)
-    return Checked(train, val, folder, wiring)
+        changed = changed_settings(cfg, saved["config"])
+    return Checked(train, val, folder, wiring, changed)
+
+
+@contextlib.contextmanager
+def locked(cfg: TrainConfig) -> Iterator[Checked]:
+    """What `check` finds, with the run's folder held against other processes (rank 0 holds it for all)."""
+    with lock.held(Path(cfg.out_dir) / cfg.run_name, make=not cfg.resume):
+        yield check(cfg)
+
+
+def checkpoint_to_resume(cfg: TrainConfig) -> Path | None:
+    """The one that --checkpoint names, or the newest, as far as can be seen without reading all of it."""
+    run = Path(cfg.out_dir) / cfg.run_name
+    if cfg.checkpoint is None:
+        return newest(run) if cfg.resume else None
+    if not cfg.resume:
+        raise UserError(
+            f"checkpoint = {cfg.checkpoint} has no effect without --resume; add it, or leave it out"
+        )
+    chosen = read_state(find_checkpoint(run, cfg.checkpoint))["train_state"]
+    return find_checkpoint(run, f"step-{chosen['step']}")
 
 
 def check_connectome(cfg: TrainConfig) -> str:
@@ -105,12 +137,13 @@ def check_run_folder(cfg: TrainConfig) -> None:
         raise UserError(
             f"out_dir = {out} cannot be written: {error.strerror}; choose another --out_dir"
         ) from None
+    lock.check(run)
     if cfg.resume and not run.is_dir():
         there = ", ".join(sorted(p.name for p in out.iterdir() if p.is_dir())) or "none"
         raise UserError(
             f"resume: there is no run {run} (runs there: {there}); leave out --resume to start it"
         )
-    if cfg.overwrite and run.exists() and not (run / "config.yaml").is_file():
+    if cfg.overwrite and not is_empty(run) and not (run / "config.yaml").is_file():
         raise UserError(
             f"overwrite: {run} is not the folder of a run (it has no config.yaml), so it is not deleted; "
             "choose another --run_name"
@@ -119,7 +152,7 @@ def check_run_folder(cfg: TrainConfig) -> None:
         raise UserError(
             f"overwrite: {run} holds the weights of init_from = {cfg.init_from}; choose another --run_name"
         )
-    if not cfg.resume and not cfg.overwrite and run.exists():
+    if not cfg.resume and not cfg.overwrite and not is_empty(run):
         raise UserError(
             f"run_name = {cfg.run_name}: {run} exists; continue it with --resume, delete it with "
             "--overwrite, or choose another --run_name"
@@ -142,6 +175,25 @@ def check_same_run(cfg: TrainConfig, saved: dict[str, Any], train: str, val: str
                 f"{now[:12]}, was {saved['data'][key][:12]}); give the old data, or start a new run with "
                 "another --run_name"
             )
+
+
+def changed_settings(cfg: TrainConfig, saved: dict[str, Any]) -> tuple[str, ...]:
+    """A line for each setting that is not what it was; what was no setting then had its default."""
+    now = flat(dataclasses.asdict(cfg))
+    was = flat(dataclasses.asdict(TrainConfig(run_name=cfg.run_name))) | flat(saved)
+    names = [key for key in now if key not in OF_A_START and now[key] != was.get(key)]
+    return tuple(f"resume: {key} = {now[key]} (until now {was.get(key)})" for key in names)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Keys of sections as optim.lr, lists as tuples."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def check_same_section(now: Any, section: str, saved: dict[str, Any], start: str = "") -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from topogpt.errors import UserError
 from topogpt.model import connectome, lora
-from topogpt.runs.state import TrainState
 from topogpt.settings import TrainConfig
 from topogpt.spatial.schedule import weight_at
 from topogpt.terminal import duration
@@ -18,6 +17,8 @@ from topogpt.training.setup import Training
 def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
     """Say in a few lines what is about to be trained, on what, and where."""
     cfg, state = t.cfg, t.state
+    for line in corpora.changed:
+        log.say(line)
     h, w = cfg.sheet_shape
     log.say(
         f"model: {t.model.n_parameters():,} parameters, {cfg.model.n_layer} layers, "
@@ -91,9 +92,9 @@ def log_step(t: Training, step: int, means: list[float], speed: dict[str, float]
     """Record the training step that was the step-th, and how fast it was.
 
     means: over ranks and micro-batches, as the loop stacks them: cross-entropy, spatial loss per sheet, each
-        loss on weights, norm of the gradient, steps skipped in a row.
+        loss on weights, norm of the gradient, steps skipped in a row, and most of these since the last call.
     """
-    cfg, (cross_entropy, spatial_loss, *of_weights, grad_norm, skipped) = t.cfg, means
+    cfg, (cross_entropy, spatial_loss, *of_weights, grad_norm, skipped, most) = t.cfg, means
     found = dict(zip(t.objective.of_weights, of_weights, strict=True))
     lr = lr_at(cfg.optim, step - 1, cfg.max_steps)
     loss = total_loss(t, step - 1, cross_entropy, spatial_loss, found)
@@ -115,7 +116,9 @@ def log_step(t: Training, step: int, means: list[float], speed: dict[str, float]
     )
     if skipped:
         log.say(f"step {step:,}: the gradient is not finite; {int(skipped)} steps in a row are skipped")
-    if skipped >= cfg.max_skipped:
+    elif most:
+        log.say(f"step {step:,}: the gradient was not finite; up to {int(most)} steps in a row were skipped")
+    if most >= cfg.max_skipped:
         message = (
             f"max_skipped = {cfg.max_skipped} steps in a row had a non-finite gradient; the checkpoints in "
             f"{cfg.out_dir}/{cfg.run_name} are kept: lower --optim.lr, or --resume from the last one"
@@ -136,10 +139,12 @@ def total_loss(
     return loss + sum(weights[name] * value for name, value in of_weights.items())
 
 
-def say_goodbye(run: Path, state: TrainState, log: RunLog, *, early: bool, told: bool) -> None:
-    """Say why and where the run ended."""
+def say_goodbye(t: Training, run: Path, log: RunLog, *, early: bool, told: bool) -> None:
+    """Say why and where the run ended; raises UserError on every rank where a file could not be written."""
+    state = t.state
     if told:
-        log.say(f"stopped by a signal at step {state.step:,}; the checkpoint is saved, --resume continues")
+        why = "as a file cannot be written" if log.trouble else "by a signal"
+        log.say(f"stopped {why} at step {state.step:,}; the checkpoint is saved, --resume continues")
     elif early:
         log.say(
             f"stopped early at step {state.step:,}: validation cross-entropy rose {state.increases} times "
@@ -151,4 +156,9 @@ def say_goodbye(run: Path, state: TrainState, log: RunLog, *, early: bool, told:
         log.say(
             f"best validation cross-entropy {state.best_cross_entropy:.4f} at step {state.best_step:,}: "
             f"{run / 'best'}"
+        )
+    if t.ranks.any(log.trouble is not None):
+        trouble = log.trouble or "the first process cannot write its files"
+        raise UserError(
+            f"{trouble}; the checkpoint of step {state.step:,} is saved: make room, then --resume"
         )

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +20,14 @@ from topogpt.errors import UserError
 from topogpt.files import write_json, write_text
 from topogpt.model import connectome, lora
 from topogpt.model.gpt import GPT
-from topogpt.runs import checkpoint, folder, provenance
+from topogpt.runs import checkpoint, folder, provenance, seal
 from topogpt.runs.state import TrainState
 from topogpt.settings import TrainConfig
 from topogpt.sharing.load import initial
 from topogpt.spatial.layout import sheet_positions
+from topogpt.terminal import say
 from topogpt.text.loader import TokenLoader
+from topogpt.training.log import RunLog
 from topogpt.training.objective import Objective
 from topogpt.training.optim import build_optimizer
 from topogpt.training.parallel import wrap
@@ -61,12 +64,14 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Tr
         checkpoint.load_weights(model, imported.weights)
         if imported.positions and imported.positions.keys() == positions.keys():  # sheets of the same layout
             positions = imported.positions
+    if resume_from:
+        resume_from = whole_checkpoint(cfg, ranks, resume_from)
     wired = connectome_of(cfg, model, resume_from) if cfg.connectome else None
     if resume_from:
         weights, positions = checkpoint.load_tensors(resume_from)
         base = resume_from.parents[1] / checkpoint.BASE_FILE
         checkpoint.load_weights(model, checkpoint.read_tensors(base) if cfg.lora_rank else weights)
-        state = TrainState(**folder.read_state(resume_from)["train_state"])
+        state = TrainState(**seal.read_state(resume_from)["train_state"])
     objective = Objective(model, cfg, positions, ranks)
     if cfg.lora_rank:
         add_adapters(objective, cfg)
@@ -80,6 +85,20 @@ def build(cfg: TrainConfig, ranks: Ranks, resume_from: Path | None = None) -> Tr
     return Training(
         cfg, ranks, model, objective, *wrap(cfg, ranks, objective), optimizer, state, wired, masks
     )
+
+
+def whole_checkpoint(cfg: TrainConfig, ranks: Ranks, chosen: Path) -> Path:
+    """The checkpoint to resume from, as rank 0 finds it: chosen by hand, or the newest that is whole."""
+    step, run, problem = -1, chosen.parents[1], None
+    if ranks.is_main:
+        try:
+            step = folder.step_of(checkpoint.last_whole(run, chosen if cfg.checkpoint else None))
+        except UserError as error:
+            problem = error
+    step = int(ranks.sum(torch.tensor(step if ranks.is_main else 0)))
+    if step < 0:
+        raise problem or UserError(f"no checkpoint of {run} can be resumed from, as the first process says")
+    return folder.step_folder(run, step)
 
 
 def connectome_of(cfg: TrainConfig, model: GPT, resume_from: Path | None) -> connectome.Connectome | None:
@@ -112,20 +131,49 @@ def open_run_folder(t: Training, corpora: Checked) -> Path:
     cfg, ranks = t.cfg, t.ranks
     run = Path(cfg.out_dir) / cfg.run_name
     if ranks.is_main:
-        if cfg.overwrite and run.exists():
-            shutil.rmtree(run)
-        (run / "maps").mkdir(parents=True, exist_ok=True)
-        if corpora.resume_from:
-            folder.restore_links(run, t.state)
-        elif t.connectome:
-            connectome.write(run, t.connectome, cfg.model)
-        write_text(run / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False)))
-        path = run / "provenance.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        starts.append(provenance.collect(ranks.device, ranks.world, corpora.fingerprints))
-        write_json(path, starts)
+        started = provenance.collect(ranks.device, ranks.world, corpora.fingerprints)
+        try:
+            if cfg.overwrite and run.exists():
+                folder.clear(run)
+            (run / "maps").mkdir(parents=True, exist_ok=True)
+            for left in (*run.glob(".*.tmp"), *run.glob("maps/.*.tmp")):  # by a kill
+                left.unlink()
+            if corpora.resume_from:
+                folder.restore_links(run, t.state)
+            elif t.connectome:
+                connectome.write(run, t.connectome, cfg.model)
+            settings = dataclasses.replace(cfg, resume=False, overwrite=False, checkpoint=None)
+            write_text(run / "config.yaml", to_yaml(settings))
+            write_json(run / "provenance.json", [*earlier_starts(run / "provenance.json"), started])
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or run} cannot be written: {error.strerror}; make room"
+            ) from None
     ranks.barrier()
     return run
+
+
+def earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """What provenance.json holds; a damaged one is said and kept beside the new one."""
+    if not path.exists():
+        return []
+    try:
+        starts = json.loads(path.read_bytes())
+        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+            raise ValueError("it is no list of starts")
+    except ValueError as error:
+        aside = path.rename(path.with_name(f"provenance.damaged-{time.time_ns()}.json"))
+        say(f"warning: {path} is damaged ({error}); it is now {aside.name}, and a new one is begun")
+        return []
+    return starts
+
+
+def save(t: Training, run: Path, corpora: Checked, log: RunLog) -> None:
+    """On the main rank a checkpoint, once the records that it counts on are on the disk; old ones go."""
+    if t.ranks.is_main:
+        log.sync()
+        checkpoint.save(run, t.model, t.objective.positions, t.optimizer, t.state, corpora.record(t.cfg))
+        folder.prune(run, t.cfg.keep_last)
 
 
 def token_loader(t: Training, corpora: Checked) -> TokenLoader:

@@ -73,9 +73,12 @@ def report(t: Training, values: Values, corpus: Corpus, run: Path, log: RunLog) 
         f"spatial {values.spatial_loss:.4f}  Moran's I {moran:.3f}  ({verdict})"
     )
     picture = run / "maps" / f"step-{state.step:06d}.png"
-    maps.save_arrays(picture.with_suffix(".npz"), grids)
     try:
-        maps.draw(picture, [("", grids)], f"{cfg.run_name}, step {state.step:,}: one token on every sheet")
+        with log.writing(picture.parent):
+            maps.save_arrays(picture.with_suffix(".npz"), grids)
+            maps.draw(
+                picture, [("", grids)], f"{cfg.run_name}, step {state.step:,}: one token on every sheet"
+            )
         log.picture("val/sheets", picture, state.step)
     except ModuleNotFoundError as error:
         log.say_once(f"no pictures of the sheets: {error.name} is not installed (pip install matplotlib)")
