@@ -59,13 +59,13 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
             state.step, finished = step, step == cfg.max_steps
 
             # ---- once in a while: evaluate, every rank its share of the same tokens
-            best = False
-            if (step % cfg.eval_every == 0 or finished) and state.evaluated_at != step:
+            best, told_to_stop = False, ranks.any(signals.received)
+            if (step % cfg.eval_every == 0 or finished) and state.evaluated_at != step and not told_to_stop:
                 values = evaluate(t, corpora.val)
                 best = state.update(values.cross_entropy)
                 report(t, values, corpora.val, run, log)
+                told_to_stop = ranks.any(signals.received)
             stopped_early = 0 < cfg.patience <= state.increases
-            told_to_stop = ranks.any(signals.received)
             stop = finished or stopped_early or told_to_stop
 
             # ---- once in a while: save, publish

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -21,19 +22,37 @@ def check_at_least(key: str, value: float, minimum: float) -> None:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2; a reader like `head` may leave early."""
+    """Turn a UserError into one line on stderr and exit code 2, and Ctrl-C into one and 130.
+
+    A reader like `head` may leave early.
+    """
+    importing = signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # as topogpt/__init__.py has set it
+    if importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if importing:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Run a script's main on the command line."""
     with user_errors():
         main(sys.argv[1:])
+
+
+def silence(*streams: int) -> None:
+    """Let what is written to these descriptors vanish: nobody is there any more to read it."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

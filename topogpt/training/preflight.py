@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from topogpt.errors import UserError
 from topogpt.model import connectome
 from topogpt.model.lora import check_peft, layers_to_adapt
+from topogpt.ranks import read_place
 from topogpt.runs.folder import newest, read_state
 from topogpt.settings import TrainConfig
 from topogpt.text.loader import Corpus, open_corpus
@@ -35,7 +35,7 @@ class Checked(NamedTuple):
 
 def check(cfg: TrainConfig) -> Checked:
     """Raise UserError for what would stop the run later on; open the data."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, *_ = read_place()
     check_batch_size(cfg, world)
     if cfg.lora_rank:
         layers_to_adapt(cfg.model, cfg.lora_modules, cfg.lora_rank)
