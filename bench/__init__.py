@@ -1,4 +1,4 @@
-"""python -m bench.NAME: Ctrl-C ends it without a traceback while it still imports, as topogpt/__init__.py says."""
+"""python -m bench.NAME: while it imports, Ctrl-C ends it at once and without a traceback."""
 
 import signal
 import sys

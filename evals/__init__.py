@@ -1,4 +1,4 @@
-"""python -m evals.NAME: Ctrl-C ends it without a traceback while it still imports, as topogpt/__init__.py says."""
+"""python -m evals.NAME: while it imports, Ctrl-C ends it at once and without a traceback."""
 
 import signal
 import sys

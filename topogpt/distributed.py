@@ -83,7 +83,7 @@ class Ranks:
 
 @contextmanager
 def start(device: str = "auto") -> Iterator[Ranks]:
-    """Join the process group that torchrun or SLURM describe, if they do; or go on in the one that is there."""
+    """Join the process group of torchrun or SLURM, if there is one; or go on in the one that is joined."""
     rank, world, _, local_rank = read_place()
     device = pick_device(device, world)
     if device == "cpu":
@@ -143,10 +143,8 @@ def can_train(device: str) -> bool:
     try:
         with torch.autocast(device, torch.bfloat16):
             attended = F.scaled_dot_product_attention(x, x, x, is_causal=True)
-            loss = F.cross_entropy(
-                (attended @ x.mT).flatten(0, -2).float(), torch.zeros(16, device=device).long()
-            )
-        loss.backward()
+            logits = (attended @ x.mT).flatten(0, -2).float()
+        F.cross_entropy(logits, torch.zeros(len(logits), device=device, dtype=torch.long)).backward()
         torch.optim.AdamW([x], fused=True).step()
         return bool(x.isfinite().all())
     except (RuntimeError, TypeError):  # how an operation is refused that the device does not have

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,21 @@ class UserError(Exception):
 
     No ValueError, as tyro would take those for its own.
     """
+
+
+# keys as services give them out, passwords in addresses, private keys; and long values of names that say so
+SECRETS = re.compile(
+    r"\b(?:(?:hf_|gh[pousr]_|AKIA)[A-Za-z0-9]{16,}|(?:github_pat_|glpat-|sk-|xox[a-z]-|AIza|eyJ)[\w.-]{16,})"
+    r"|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*"
+    r"|(?P<name>(?i:token|secret|password|passwd|api_?key|access_?key)[\"']?\s*[=:]\s*[\"']?)"
+    r"(?=\S*\d)[\w+/=-]{16,}"
+)
+
+
+def masked(text: str) -> str:
+    """Text in which everything that looks like a token, a password or a key is ***."""
+    return SECRETS.sub(lambda found: f"{found['name'] or ''}***", text)
 
 
 def check_at_least(key: str, value: float, minimum: float) -> None:

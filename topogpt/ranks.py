@@ -31,9 +31,7 @@ def read_place() -> Place:
     for name, default in zip(names, (0, 1, 1, 0), strict=True):
         said = env.get(name) or str(default)
         if not re.fullmatch(r"[0-9]{1,9}", said):
-            raise UserError(
-                f"{name} = {said[:80]!a} in the environment must be a number; correct or unset it"
-            )
+            raise UserError(f"{name} = {said[:80]!a} in the environment is no number; correct or unset it")
         values.append(int(said))
     rank, world, local_world, local_rank = values
     if rank >= world:

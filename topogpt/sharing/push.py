@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from topogpt.errors import UserError
+from topogpt.errors import UserError, masked
 from topogpt.retry import PASSING, status, with_retries
 
 Result = TypeVar("Result")
@@ -205,7 +205,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
     for secret in {get_token(), os.environ.get("HF_TOKEN")} - {None, ""}:
         text = text.replace(secret, "***")
-    return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "***", text)[:300]
+    return masked(text)[:300]
 
 
 class Lines(logging.Handler):

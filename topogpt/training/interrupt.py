@@ -11,7 +11,7 @@ from topogpt.ranks import read_place
 
 
 class StopSignals(contextlib.AbstractContextManager):
-    """SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP ask for a checkpoint and a clean end; a second ends at once.
+    """SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGHUP ask for a checkpoint and a clean end; a second ends at once.
 
     So does the death of torchrun or of SLURM's step, which leaves its ranks behind: they save and end. A run
     that is a process of its own outlives the shell that started it, if nohup has had SIGHUP ignored. Inside
