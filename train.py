@@ -29,7 +29,7 @@ from topogpt.runs.state import TrainState
 from topogpt.training import progress, setup
 from topogpt.training.interrupt import StopSignals
 from topogpt.training.log import RunLog
-from topogpt.training.publish import publish
+from topogpt.training.publish import Publisher
 from topogpt.training.step import optimizer_step
 from topogpt.training.validation import evaluate, report
 
@@ -50,6 +50,7 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
         if cfg.wandb:
             state.wandb_id = log.start_wandb(cfg, state.wandb_id)
         progress.introduce(t, corpora, run, log)
+        publisher = Publisher(run, cfg, log)
 
         steps = loader.steps(state.step)
         skipped_in_a_row = torch.tensor(float(state.skipped_in_a_row), device=ranks.device)
@@ -77,8 +78,9 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
                     folder.prune(run, cfg.keep_last)
                 clock.restart(step)
             if cfg.push_every and step and step % (cfg.push_every * cfg.eval_every) == 0 and not stop:
-                publish(run, cfg, log)
+                publisher.begin()
                 clock.restart(step)
+            publisher.report()
             if stop:
                 break
 
@@ -91,8 +93,10 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
                 means = ranks.mean(torch.stack([*done.losses, done.grad_norm, skipped_in_a_row])).tolist()
                 progress.log_step(t, step + 1, means, clock.read(step + 1), log)
         progress.say_goodbye(run, state, log, early=stopped_early, told=told_to_stop)
-        if cfg.push_to_hf and not told_to_stop:
-            publish(run, cfg, log)
+        publisher.wait(ranks, signals)
+        if cfg.push_to_hf and not ranks.any(signals.received):
+            publisher.begin()
+            publisher.wait(ranks, signals)
         return state
 
 

@@ -137,6 +137,14 @@ def pick_device(wanted: str, world: int = 1) -> str:
     return wanted
 
 
+def widest(device: torch.device | None) -> torch.dtype:
+    """What sums are taken in: float64, or float32 where the device has no such numbers, as Apple's GPUs."""
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except TypeError:
+        return torch.float32
+
+
 def can_train(device: str) -> bool:
     """Whether a device runs what a step is made of, tried on a few numbers; older systems lack some of it."""
     x = torch.ones(1, 2, 8, 4, device=device, requires_grad=True)

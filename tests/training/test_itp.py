@@ -16,6 +16,7 @@ from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.model import connectome
 from topogpt.settings import ItpConfig
+from topogpt.training.interrupt import StopSignals
 
 FEW = {"max_steps": 6, "generations": 3, "save_every": 2, "eval_every": 3}
 
@@ -121,9 +122,9 @@ def of_two(cfg: ItpConfig) -> None:
     from train_itp import check, grow
 
     corpora = check(cfg)
-    with distributed.start(cfg.device) as ranks:
+    with distributed.start(cfg.device) as ranks, StopSignals() as signals:
         assert isinstance(ranks, Ranks)
-        grow(cfg, ranks, corpora)
+        grow(cfg, ranks, corpora, signals)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,19 @@ def full_name(name: str, say: Say = print) -> str:
     return f"{me['name']}/{name}"
 
 
+def check_login(name: str) -> None:
+    """Refuse to start what could not be pushed in the end; asks nobody."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            "push_to_hf = True, but the Hub is switched off here (HF_HUB_OFFLINE); unset that, or leave "
+            f"--push_to_hf out and push later: python export.py out/{name} --push_to_hf"
+        )
+    if not has_token():
+        raise UserError(f"push_to_hf = True, but no token of the Hub is here; {LOG_IN}, or leave it out")
+
+
 def has_token() -> bool:
     """Whether a token is set or somebody is logged in."""
     from huggingface_hub import get_token

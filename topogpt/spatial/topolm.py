@@ -49,7 +49,7 @@ class TopoLMLoss(nn.Module):
         chosen = torch.from_numpy(np.argsort(draws, axis=1, kind="stable")[:, : self.per_sheet].copy())
         if self.units.is_cuda:
             chosen = chosen.pin_memory()  # so that the copy need not wait
-        return chosen.to(self.units.device, non_blocking=True)
+        return chosen.to(self.units.device, non_blocking=self.units.is_cuda)
 
     def forward(self, activations: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
         """Loss of each sheet, (S,): the mean over its chosen neighbourhoods.

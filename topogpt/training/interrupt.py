@@ -40,7 +40,7 @@ class StopSignals(contextlib.AbstractContextManager):
             again = "; once more ends it now, without saving" if why == "SIGINT" else ""
             with contextlib.suppress(OSError):  # whoever read it may be gone, too
                 # past Python's buffers, which the interrupted code may be writing to
-                os.write(2, f"\n{why}: saving a checkpoint after this step, then ending{again}\n".encode())
+                os.write(2, f"\n{why}: saving a checkpoint, then ending{again}\n".encode())
 
     @property
     def received(self) -> bool:
@@ -50,8 +50,9 @@ class StopSignals(contextlib.AbstractContextManager):
         return self.told
 
     def __exit__(self, *error: object) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
         outer = getattr(self.before[signal.SIGTERM], "__self__", None)
         if self.told and isinstance(outer, StopSignals):
             outer.told = True
+            return  # the next signal still ends at once; the outer one restores all
+        for s, handler in self.before.items():
+            signal.signal(s, handler)

@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from topogpt.model.lora import check_peft, layers_to_adapt
 from topogpt.ranks import read_place
 from topogpt.runs.folder import newest, read_state
 from topogpt.settings import TrainConfig
+from topogpt.sharing import push
 from topogpt.text.loader import Corpus, open_corpus
 
 
@@ -48,6 +51,7 @@ def check(cfg: TrainConfig) -> Checked:
         corpus.n_windows(cfg.model.block_size)  # raises where the corpus is shorter than one
     wiring = check_connectome(cfg) if cfg.connectome else None
     if rank == 0:
+        check_services(cfg)
         check_run_folder(cfg)
     folder = newest(Path(cfg.out_dir) / cfg.run_name) if cfg.resume else None
     if rank == 0 and folder is not None:
@@ -55,6 +59,14 @@ def check(cfg: TrainConfig) -> Checked:
         check_same_run(cfg, saved, train.fingerprint, val.fingerprint)
         check_same_connectome(cfg, saved, wiring)
     return Checked(train, val, folder, wiring)
+
+
+def check_services(cfg: TrainConfig) -> None:
+    """Whether what the run is copied to can be reached at all: now, not after days of training."""
+    if cfg.push_to_hf:
+        push.check_login(cfg.run_name)
+    if cfg.wandb and "wandb" not in sys.modules and find_spec("wandb") is None:
+        raise UserError("wandb = True, but wandb is not installed; pip install wandb, or leave --wandb out")
 
 
 def check_connectome(cfg: TrainConfig) -> str:
