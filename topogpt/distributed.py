@@ -102,7 +102,7 @@ def start(device: str = "auto") -> Iterator[Ranks]:
     if world > 1:
         set_rendezvous(world)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), rank=rank, world_size=world)
     try:
         yield Ranks(rank, world, torch.device(device))
         if world > 1:

@@ -32,12 +32,15 @@ class StopSignals(contextlib.AbstractContextManager):
         self.stop(signal.Signals(number).name)
 
     def stop(self, why: str) -> None:
-        """Ask for the end; the next signal is not ours, and ends the process without a word."""
-        self.told = True
+        """Ask for the end. The next signal ends the process without a word, but not one of several.
+
+        torchrun sends more of them while it waits, and SIGKILL in the end.
+        """
+        self.told, alone = True, self.place.world == 1
         for s in self.before:
-            signal.signal(s, signal.SIG_DFL)
+            signal.signal(s, signal.SIG_DFL if alone else signal.SIG_IGN)
         if self.place.rank == 0:
-            again = "; once more ends it now, without saving" if why == "SIGINT" else ""
+            again = "; once more ends it now, without saving" if alone else ""
             with contextlib.suppress(OSError):  # whoever read it may be gone, too
                 # past Python's buffers, which the interrupted code may be writing to
                 os.write(2, f"\n{why}: saving a checkpoint, then ending{again}\n".encode())
