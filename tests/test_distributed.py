@@ -251,10 +251,7 @@ STEP = {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_PROCID": 5, "SLURM_LOCALID
         (STEP | {"SLURM_GPUS_PER_TASK": 1}, (5, 8, 1, 0)),  # its own is the only one it sees
         # a step of one in a larger allocation, such as an interactive shell
         (STEP | {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_STEP_NUM_TASKS": 1}, (0, 1, 1, 0)),
-        (
-            STEP | {"RANK": 2, "WORLD_SIZE": 4, "LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 4},
-            (2, 4, 4, 2),
-        ),  # torchrun
+        (STEP | {"RANK": 2, "WORLD_SIZE": 4, "LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 4}, (2, 4, 4, 2)),
         ({"RANK": 0}, (0, 1, 1, 0)),
     ],
 )
@@ -271,10 +268,7 @@ def test_the_place_of_a_process(environment, values, place):
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2 must be below WORLD_SIZE = 2"),
         ({"RANK": "1\n2", "WORLD_SIZE": "2"}, "no number"),
         (STEP | {"SLURM_NTASKS": "4(x2)"}, r"SLURM_NTASKS = '4\(x2\)'"),
-        (
-            {"RANK": "0", "WORLD_SIZE": "2"},
-            "MASTER_ADDR is not in the environment, so 2 processes cannot meet",
-        ),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not in the environment, so 2 processes"),
     ],
 )
 def test_a_wrong_environment_is_one_line(environment, values, said):
