@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,8 +21,22 @@ from topogpt.training.interrupt import StopSignals
 from train import train
 
 
-def signals_at(step: int, *signals: int, terminal_gone: bool = False) -> None:
-    """Send this process signals as soon as training step `step` is recorded."""
+def broken_pipe() -> int:
+    """What stdout is once the tee that read it has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def broken_terminal() -> int:
+    """What stdout is once its window is closed."""
+    master, slave = os.openpty()
+    os.close(master)
+    return slave
+
+
+def signals_at(step: int, *signals: int, broken: Callable[[], int] | None = None) -> None:
+    """Send this process signals as soon as training step `step` is recorded, perhaps with a broken stdout."""
     from topogpt.training.log import RunLog
 
     record = RunLog.record
@@ -29,11 +44,10 @@ def signals_at(step: int, *signals: int, terminal_gone: bool = False) -> None:
     def wrapped(self, values) -> None:
         record(self, values)
         if (values["split"], values["step"]) == ("train", step):
-            if terminal_gone:  # whoever writes to it gets an error
-                master, slave = os.openpty()
+            if broken:
+                stdout = broken()
                 for stream in (1, 2):
-                    os.dup2(slave, stream)
-                os.close(master)
+                    os.dup2(stdout, stream)
             for number in signals:
                 os.kill(os.getpid(), number)
 
@@ -55,9 +69,12 @@ def test_ctrl_c_says_at_once_that_it_saves_and_twice_ends_without_a_traceback(fo
         assert (tiny.folder_of(cfg) / "last").resolve().name == f"step-{7 if name == 'once' else 5:06d}"
 
 
-def test_a_terminal_that_is_closed_has_the_run_save(folder, tmp_path):
-    cfg = tiny.config(folder, "hung_up")
-    accident = functools.partial(signals_at, 7, signal.SIGHUP, terminal_gone=True)
+@pytest.mark.parametrize(
+    "number, broken", [(signal.SIGHUP, broken_terminal), (signal.SIGINT, broken_pipe)], ids=["window", "tee"]
+)
+def test_a_run_saves_whose_output_nobody_reads_any_more(folder, tmp_path, number, broken):
+    cfg = tiny.config(folder, broken.__name__)
+    accident = functools.partial(signals_at, 7, number, broken=broken)
     codes = tiny.run_in_child(tiny.train_after, accident, cfg, output=tmp_path / "output")
     assert codes == [0], (tmp_path / "output").read_text()
     assert (tiny.folder_of(cfg) / "last").resolve().name == "step-000007"

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from topogpt.errors import silence
 from topogpt.files import write_text
 from topogpt.settings import TrainConfig
 
@@ -42,10 +43,10 @@ class RunLog:
         """Print a line and keep it in log.txt."""
         if self.is_main:
             self.write(line)
-            if self.bar.disable:
-                print(line, flush=True)
-            else:
-                self.bar.write(line)
+            try:
+                print(line, flush=True) if self.bar.disable else self.bar.write(line)
+            except OSError:  # who read it is gone, such as the tee that Ctrl-C ended too: log.txt has it
+                silence(sys.stdout.fileno())
 
     def say_once(self, line: str) -> None:
         if line not in self.said:
