@@ -28,7 +28,7 @@ from topogpt.runs.state import TrainState
 from topogpt.training import progress, setup
 from topogpt.training.interrupt import StopSignals
 from topogpt.training.log import RunLog
-from topogpt.training.publish import publish
+from topogpt.training.publish import Publisher
 from topogpt.training.step import optimizer_step
 from topogpt.training.validation import evaluate, report
 
@@ -53,23 +53,28 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
         if cfg.wandb:
             state.wandb_id = log.start_wandb(cfg, state.wandb_id)
         progress.introduce(t, corpora, run, log)
+        publisher = Publisher(run, cfg, log)
 
         steps = loader.steps(state.step)
         skipped_in_a_row = torch.tensor(float(state.skipped_in_a_row), device=ranks.device)
         most_skipped = torch.zeros_like(skipped_in_a_row)  # of these, since the last logged step
         clock = progress.Clock(t)
         stopped_early = told_to_stop = False
+
+        def told() -> bool:
+            return ranks.any(signals.received or log.trouble is not None)
+
         for step in range(state.step, cfg.max_steps + 1):
             state.step, finished = step, step == cfg.max_steps
 
             # ---- once in a while: evaluate, every rank its share of the same tokens
-            best = False
-            if (step % cfg.eval_every == 0 or finished) and state.evaluated_at != step:
+            best, told_to_stop = False, told()
+            if (step % cfg.eval_every == 0 or finished) and state.evaluated_at != step and not told_to_stop:
                 values = evaluate(t, corpora.val)
                 best = state.update(values.cross_entropy)
                 report(t, values, corpora.val, run, log)
+                told_to_stop = told()
             stopped_early = 0 < cfg.patience <= state.increases
-            told_to_stop = ranks.any(signals.received or log.trouble is not None)
             stop = finished or stopped_early or told_to_stop
 
             # ---- once in a while: save, publish
@@ -78,8 +83,9 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
                 setup.save(t, run, corpora, log)
                 clock.restart(step)
             if cfg.push_every and step and step % (cfg.push_every * cfg.eval_every) == 0 and not stop:
-                publish(run, cfg, log)
+                publisher.begin()
                 clock.restart(step)
+            publisher.report()
             if stop:
                 break
 
@@ -94,8 +100,10 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
                 progress.log_step(t, step + 1, ranks.mean(found).tolist(), clock.read(step + 1), log)
                 most_skipped = torch.zeros_like(skipped_in_a_row)
         progress.say_goodbye(t, run, log, early=stopped_early, told=told_to_stop)
-        if cfg.push_to_hf and not told_to_stop:
-            publish(run, cfg, log)
+        publisher.wait(ranks, signals)
+        if cfg.push_to_hf and not told():
+            publisher.begin()
+            publisher.wait(ranks, signals)
         return state
 
 

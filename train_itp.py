@@ -25,6 +25,7 @@ from topogpt.runs import folder, lock
 from topogpt.settings import ItpConfig, TrainConfig
 from topogpt.terminal import print_table, say
 from topogpt.training import preflight
+from topogpt.training.interrupt import StopSignals
 
 if TYPE_CHECKING:
     from topogpt.distributed import Ranks
@@ -39,8 +40,8 @@ def main(argv: list[str]) -> None:
         corpora = check(cfg)
         from topogpt import distributed  # with torch, which takes seconds
 
-        with distributed.start(cfg.device) as ranks:
-            grow(cfg, ranks, corpora)
+        with distributed.start(cfg.device) as ranks, StopSignals() as signals:
+            grow(cfg, ranks, corpora, signals)
 
 
 def check(cfg: ItpConfig) -> preflight.Checked:
@@ -56,8 +57,8 @@ def check(cfg: ItpConfig) -> preflight.Checked:
     return corpora
 
 
-def grow(cfg: ItpConfig, ranks: "Ranks", corpora: preflight.Checked) -> None:
-    """All generations, those that are done already left as they are."""
+def grow(cfg: ItpConfig, ranks: "Ranks", corpora: preflight.Checked, signals: StopSignals) -> None:
+    """All generations, those that are done already left as they are; a signal ends it between two steps."""
     from train import train
 
     root, rows = Path(cfg.out_dir) / cfg.run_name, []
@@ -68,15 +69,17 @@ def grow(cfg: ItpConfig, ranks: "Ranks", corpora: preflight.Checked) -> None:
         write_text(root / "config.yaml", to_yaml(dataclasses.replace(cfg, resume=False, overwrite=False)))
     ranks.barrier()
     for number in range(cfg.generations):
+        if ranks.any(signals.received):
+            return stopped(number, ranks)
         settings = generation(cfg, number)
         pruned = root / settings.run_name / "pruned"
         if not (pruned / connectome.RECORD).is_file():
             if ranks.is_main:
                 say(f"---- generation {number} of {cfg.generations}")
                 keep(cfg, corpora, rows)
-            state = train(settings)
-            if state.step < cfg.max_steps and not 0 < cfg.patience <= state.increases:
-                return  # told to stop; the run has said so
+            train(settings)
+            if ranks.any(signals.received):
+                return stopped(number, ranks)
             cut(cfg, settings, number, ranks, corpora)
         rows.append(connectome.check(pruned, cfg.model, "pruned"))
         if ranks.is_main:
@@ -87,6 +90,11 @@ def grow(cfg: ItpConfig, ranks: "Ranks", corpora: preflight.Checked) -> None:
                 copy(pruned / name, root / name)
         show(cfg, root, rows)
     ranks.barrier()
+
+
+def stopped(number: int, ranks: "Ranks") -> None:
+    if ranks.is_main:
+        say(f"stopped by a signal at generation {number}; the same command with --resume continues")
 
 
 def generation(cfg: ItpConfig, number: int) -> TrainConfig:

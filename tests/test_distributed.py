@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from topogpt.distributed import Ranks
 from topogpt.errors import UserError
+from topogpt.ranks import first_node, read_place, set_rendezvous
 from topogpt.training import preflight
+from topogpt.training.interrupt import StopSignals
 from train import train
 
 # A learning rate so large that validation gets worse and training stops early. Micro-batches are of two
@@ -170,6 +172,133 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(folder, tmp_pat
     assert codes == [0, 0], (tmp_path / "output").read_text()
     assert (tiny.folder_of(cfg) / "last").resolve().name == "step-000007"
     assert tiny.records(tiny.folder_of(cfg))[-1]["step"] == 7
+
+
+def lose_parent(step: int) -> None:
+    """The parent of rank 1 is gone when its loader is asked for a step, as after SIGKILL to torchrun."""
+    from topogpt.text import loader as data
+
+    steps = data.TokenLoader.steps
+
+    def wrapped(self, start_step):
+        for i, batches in enumerate(steps(self, start_step), start=start_step):
+            if i == step and self.ranks.rank == 1:
+                os.getppid = lambda: 1
+            yield batches
+
+    data.TokenLoader.steps = wrapped
+
+
+def test_ranks_whose_parent_is_gone_save_and_end(folder, tmp_path):
+    cfg = tiny.config(folder, "orphans", save_every=100)
+    accident = functools.partial(lose_parent, 6)
+    codes = tiny.run_in_child(tiny.train_after, accident, cfg, world=2, output=tmp_path / "output")
+    assert codes == [0, 0], (tmp_path / "output").read_text()
+    assert (tiny.folder_of(cfg) / "last").resolve().name == "step-000007"
+
+
+def test_a_run_of_its_own_outlives_its_parent(monkeypatch):
+    with StopSignals() as signals:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert not signals.received
+
+
+# ---- SLURM -------------------------------------------------------------------------------------------------
+
+
+def by_srun() -> None:
+    """Make what torchrun has said what srun says."""
+    rank = os.environ.pop("RANK")
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    said = {"JOB_ID": os.getppid(), "STEP_ID": 0, "PROCID": rank, "LOCALID": rank, "STEP_NUM_TASKS": 2}
+    said |= {"NTASKS": 4, "STEP_NODELIST": "localhost"}
+    os.environ |= {f"SLURM_{name}": str(value) for name, value in said.items()}
+
+
+def test_what_srun_starts_is_one_run(folder, tmp_path):
+    cfg, output = tiny.config(folder, "srun", max_steps=2), tmp_path / "output"
+    codes = tiny.run_in_child(tiny.train_after, by_srun, cfg, world=2, output=output)
+    assert codes == [0, 0], output.read_text()
+    assert output.read_text().count("2 x CPU") == 1
+    starts = json.loads((tiny.folder_of(cfg) / "provenance.json").read_text())
+    assert [start["world_size"] for start in starts] == [2]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set what is given, and nothing else of torchrun or SLURM."""
+
+    def only(**values: object) -> None:
+        for name in os.environ:
+            if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")):
+                monkeypatch.delenv(name)
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    only()
+    return only
+
+
+STEP = {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_NTASKS": 8}
+
+
+@pytest.mark.parametrize(
+    "values, place",
+    [
+        ({}, (0, 1, 1, 0)),
+        (STEP | {"SLURM_NTASKS_PER_NODE": 4}, (5, 8, 4, 1)),
+        (STEP | {"SLURM_GPUS_PER_TASK": 1}, (5, 8, 1, 0)),  # its own is the only one it sees
+        # a step of one in a larger allocation, such as an interactive shell
+        (STEP | {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_STEP_NUM_TASKS": 1}, (0, 1, 1, 0)),
+        (STEP | {"RANK": 2, "WORLD_SIZE": 4, "LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 4}, (2, 4, 4, 2)),
+        ({"RANK": 0}, (0, 1, 1, 0)),
+    ],
+)
+def test_the_place_of_a_process(environment, values, place):
+    environment(**values)
+    assert read_place() == place
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK = 'x' in the environment is no number; correct or unset it"),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE = '-2' in the environment"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2 must be below WORLD_SIZE = 2"),
+        ({"RANK": "1\n2", "WORLD_SIZE": "2"}, "no number"),
+        (STEP | {"SLURM_NTASKS": "4(x2)"}, r"SLURM_NTASKS = '4\(x2\)'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not in the environment, so 2 processes"),
+    ],
+)
+def test_a_wrong_environment_is_one_line(environment, values, said):
+    environment(**values)
+    with pytest.raises(UserError, match=said) as error:
+        set_rendezvous(read_place().world)
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("node1", "node1"),
+        ("node[007-009,012],login1", "node007"),
+        ("a1,b[2-3]", "a1"),
+        ("rack[2-3]n[01,04-05]-ib", "rack2n01-ib"),
+    ],
+)
+def test_the_first_of_slurms_nodes(nodes, first):
+    assert first_node(nodes) == first
+
+
+def test_steps_of_slurm_side_by_side_meet_at_other_ports(environment):
+    ports = []
+    for step in (0, 1):
+        environment(**STEP | {"SLURM_STEP_ID": step, "SLURM_STEP_NODELIST": "n[3-4]"})
+        set_rendezvous(8)
+        assert os.environ["MASTER_ADDR"] == "n3"
+        ports.append(int(os.environ["MASTER_PORT"]))
+    assert ports[0] != ports[1] and all(20_000 <= port < 40_000 for port in ports)
 
 
 def use_ranks(folder: Path) -> None:

@@ -8,6 +8,9 @@
 Importing it takes neither torch nor numpy: a name's module is imported when the name is first used.
 """
 
+import os
+import signal
+import sys
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -26,6 +29,18 @@ HOME = {
     "topography": "Topography load_topography",
 }
 __all__ = sorted(["__version__", *" ".join(HOME.values()).split()])
+
+
+def end_at_once_while_importing() -> None:
+    """Let Ctrl-C end a script of this folder without a traceback until errors.user_errors takes it over."""
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""
+    root, started = (os.path.dirname(os.path.realpath(path)) for path in (os.path.dirname(__file__), script))
+    ours = script and os.path.relpath(started, root).split(os.sep)[0] in (".", "evals", "bench")
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+end_at_once_while_importing()
 
 
 def __getattr__(name: str) -> object:

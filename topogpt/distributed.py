@@ -5,7 +5,6 @@ same order.
 """
 
 import ctypes
-import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,9 +14,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from topogpt.errors import UserError
+from topogpt.ranks import read_place, set_rendezvous
 
 # Dense bf16 tensor-core operations per second, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {
@@ -82,17 +83,16 @@ class Ranks:
 
 @contextmanager
 def start(device: str = "auto") -> Iterator[Ranks]:
-    """Join the process group that torchrun describes, if it does; or go on in the one that is there."""
-    device = pick_device(device)
+    """Join the process group of torchrun or SLURM, if there is one; or go on in the one that is joined."""
+    rank, world, _, local_rank = read_place()
+    device = pick_device(device, world)
     if device == "cpu":
         keep_freed_memory()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                "give torchrun a smaller --nproc_per_node"
+                "give torchrun a smaller --nproc_per_node, or srun fewer --ntasks-per-node"
             )
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
@@ -100,8 +100,9 @@ def start(device: str = "auto") -> Iterator[Ranks]:
         yield Ranks(rank, world, torch.device(device))
         return
     if world > 1:
+        set_rendezvous(world)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), rank=rank, world_size=world)
     try:
         yield Ranks(rank, world, torch.device(device))
         if world > 1:
@@ -122,12 +123,37 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: this much may stay unused at the top of the heap
 
 
-def pick_device(wanted: str) -> str:
+def pick_device(wanted: str, world: int = 1) -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
+        there["mps"] = there["mps"] and world == 1 and can_train("mps")
         return next(name for name, is_there in there.items() if is_there)
     if not there[wanted]:
         raise UserError(
             f"device = {wanted} is not there; this machine has {', '.join(d for d in there if there[d])}"
         )
+    if wanted == "mps" and world > 1:
+        raise UserError(f"device = mps trains in one process, not {world}; start one, or give --device cpu")
     return wanted
+
+
+def widest(device: torch.device | None) -> torch.dtype:
+    """What sums are taken in: float64, or float32 where the device has no such numbers, as Apple's GPUs."""
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except TypeError:
+        return torch.float32
+
+
+def can_train(device: str) -> bool:
+    """Whether a device runs what a step is made of, tried on a few numbers; older systems lack some of it."""
+    x = torch.ones(1, 2, 8, 4, device=device, requires_grad=True)
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            attended = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+            logits = (attended @ x.mT).flatten(0, -2).float()
+        F.cross_entropy(logits, torch.zeros(len(logits), device=device, dtype=torch.long)).backward()
+        torch.optim.AdamW([x], fused=True).step()
+        return bool(x.isfinite().all())
+    except (RuntimeError, TypeError):  # how an operation is refused that the device does not have
+        return False

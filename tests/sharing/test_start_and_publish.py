@@ -3,7 +3,10 @@
 pytest tests/sharing/test_start_and_publish.py
 """
 
+import datetime
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from topogpt.errors import UserError
 from topogpt.runs import checkpoint
 from topogpt.sharing import export
 from topogpt.sharing import push as hub
+from topogpt.training import preflight
 from train import train
 
 FULL = {"model": {"vocab_size": 50304}, "max_steps": 2, "eval_every": 2, "val_tokens": 64}
@@ -56,17 +60,95 @@ def test_a_model_of_another_shape_cannot_be_started_from(folder, source):
     assert not tiny.folder_of(cfg).exists()
 
 
-def test_a_run_without_a_token_ends_well_and_says_how_to_push_later(folder, monkeypatch, capsys):
+def test_what_a_run_is_copied_to_is_checked_before_it_starts(folder, monkeypatch):
+    real = hub.has_token
     monkeypatch.setattr(hub, "has_token", lambda: False)
-    cfg = tiny.config(folder, "no-token", **FULL, push_to_hf=True)
-    assert train(cfg).step == 2
+    cfg = tiny.config(folder, "unchecked", push_to_hf=True)
+    with pytest.raises(UserError, match="push_to_hf = True, but no token of the Hub is here; log in with"):
+        preflight.check(cfg)
+    monkeypatch.setattr(hub, "has_token", lambda: True)
+    preflight.check(cfg)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the Hub is switched off here"):
+        preflight.check(cfg)
+    monkeypatch.setattr(hub, "has_token", real)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb = True, but wandb is not installed; pip install wandb"):
+        preflight.check(tiny.config(folder, "unchecked", wandb=True))
+    assert not tiny.folder_of(cfg).exists()
+
+
+@pytest.fixture
+def logged_in(monkeypatch):
+    monkeypatch.setattr(hub, "check_login", lambda name: None)
+    monkeypatch.setattr(hub, "full_name", lambda name, say: f"me/{name}")
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("a bug,\nin two lines")
+
+
+@pytest.mark.parametrize("broken", ["topogpt.training.publish.export", "topogpt.sharing.push.push"])
+def test_whatever_fails_in_a_push_is_one_line_and_training_goes_on(
+    folder, logged_in, monkeypatch, capsys, broken
+):
+    monkeypatch.setattr("topogpt.training.publish.export", lambda run, *args, say: run)
+    monkeypatch.setattr(broken, fail)
+    cfg = tiny.config(folder, f"broken-{broken[-6:]}", max_steps=8, push_to_hf=True, push_every=1)
+    assert train(cfg).step == 8
+    run = tiny.folder_of(cfg)
+    line = f"not pushed: RuntimeError: a bug, in two lines; later: python export.py {run} --push_to_hf"
+    assert capsys.readouterr().out.count(line) == 2  # after steps 4 and 8
+
+
+def test_a_push_goes_on_beside_the_steps_and_no_other_is_started_meanwhile(
+    folder, logged_in, monkeypatch, capsys
+):
+    last, pushes = threading.Event(), []
+
+    def push(exported, repo_id, say):
+        pushes.append(exported)
+        say("push: try 2 of 4")
+        assert last.wait(60)
+        return "address"
+
+    def evaluated(t, *args):
+        if t.state.step == 12:
+            last.set()
+
+    monkeypatch.setattr("topogpt.training.publish.export", lambda run, *args, say: run)
+    monkeypatch.setattr(hub, "push", push)
+    monkeypatch.setattr(train_module, "report", evaluated)
+    assert train(tiny.config(folder, "beside", max_steps=12, push_to_hf=True, push_every=1)).step == 12
     said = capsys.readouterr().out
-    assert "not pushed: push_to_hf = no-token has no user" in said
-    assert f"later: python export.py {tiny.folder_of(cfg)} --push_to_hf" in said
-    assert (tiny.folder_of(cfg) / "hf" / "config.json").is_file()
+    assert len(pushes) == said.count("pushed: address") == said.count("try 2 of 4") == 2  # of steps 4 and 12
+    assert said.count("not pushed: the push before is still under way") == 1  # of step 8
 
 
-def test_the_best_checkpoint_is_pushed_at_the_end_and_every_so_many_evaluations(folder, monkeypatch):
+def slow_push_and_little_patience() -> None:
+    """A push that takes longer than the ranks wait for each other."""
+    from topogpt import distributed
+    from topogpt.training import publish
+
+    distributed.timedelta = lambda minutes: datetime.timedelta(seconds=3)
+    hub.check_login = lambda name: None
+    hub.full_name = lambda name, say: name
+    hub.push = lambda *args, say: time.sleep(5) or "address"
+    publish.export = lambda run, *args, say: run
+
+
+def test_a_push_that_takes_longer_than_ranks_wait_ends_none_of_them(folder, tmp_path):
+    cfg = tiny.config(folder, "patient", max_steps=2, push_to_hf=True)
+    codes = tiny.run_in_child(
+        tiny.train_after, slow_push_and_little_patience, cfg, world=2, output=tmp_path / "output"
+    )
+    assert codes == [0, 0], (tmp_path / "output").read_text()
+    assert "pushed: address" in (tmp_path / "output").read_text()
+
+
+def test_the_best_checkpoint_is_pushed_at_the_end_and_every_so_many_evaluations(
+    folder, logged_in, monkeypatch
+):
     pushed = []
 
     def push(exported, repo_id, say):
@@ -75,7 +157,6 @@ def test_the_best_checkpoint_is_pushed_at_the_end_and_every_so_many_evaluations(
         pushed.append((repo_id, step, weights["transformer.wte.weight"]))
         return "address"
 
-    monkeypatch.setattr(hub, "full_name", lambda name, say: f"me/{name}")
     monkeypatch.setattr(hub, "push", push)
     settings = {**FULL, "max_steps": 8, "push_to_hf": True, "push_every": 2}
     cfg = tiny.config(folder, "pushed", **settings)
@@ -86,8 +167,8 @@ def test_the_best_checkpoint_is_pushed_at_the_end_and_every_so_many_evaluations(
     assert torch.equal(pushed[1][2], best.model.transformer.wte.weight[:50257])
 
 
-def test_a_run_stopped_by_a_signal_is_not_published(folder, monkeypatch):
-    monkeypatch.setattr(train_module, "publish", lambda *_: pytest.fail("published"))
+def test_a_run_stopped_by_a_signal_is_not_published(folder, logged_in, monkeypatch):
+    monkeypatch.setattr("topogpt.training.publish.export", lambda *args: pytest.fail("published"))
     monkeypatch.setattr(train_module.StopSignals, "__enter__", lambda self: self)
     monkeypatch.setattr(train_module.StopSignals, "__exit__", lambda self, *error: None)
     monkeypatch.setattr(train_module.StopSignals, "received", True, raising=False)

@@ -110,6 +110,29 @@ def test_a_constant_unit_gives_a_finite_loss_and_gradient():
     assert all(v.grad.isfinite().all() for v in x.values())
 
 
+@pytest.mark.parametrize("neighbourhoods", [4, 0])  # gathered columns; one Gram matrix of the sheet
+def test_a_constant_unit_counts_as_one_that_is_zero_whatever_the_constant(neighbourhoods):
+    """In fp32 the mean of 3.3 is not 3.3: what was left had a gradient a million times that of others."""
+    loss, positions = small_loss(neighbourhoods=neighbourhoods)
+    chosen = loss.choose(0, 0, 0)
+    unit = topo.units_by_cell(positions[SHEETS[0]])[44]
+
+    def found(constant: float) -> list[torch.Tensor]:
+        g = torch.Generator().manual_seed(1)
+        x = {s: torch.randn(4, 1000, N_UNITS, generator=g) for s in SHEETS}
+        x[SHEETS[0]][..., unit] = constant
+        for v in x.values():
+            v.requires_grad_()
+        value = loss(x, chosen)
+        value.sum().backward()
+        return [value.detach(), *(v.grad for v in x.values())]
+
+    zero = found(0.0)
+    assert not zero[1][..., unit].any() and zero[1].any()
+    for constant in (3.3, -1000.7):
+        torch.testing.assert_close(found(constant), zero, rtol=0, atol=0)
+
+
 def test_independent_units_lose_a_half():
     loss, _ = small_loss(neighbourhoods=0)
     x = {s: torch.randn(1, 20_000, N_UNITS, generator=torch.Generator().manual_seed(1)) for s in SHEETS}

@@ -225,7 +225,7 @@ def test_a_batch_script_without_srun_is_one_process(monkeypatch):
     for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)
-    assert read_place() == (0, 1, 1)
+    assert read_place() == (0, 1, 1, 0)
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert read_place()[:2] == (0, 4)
 

@@ -16,6 +16,7 @@ from topogpt.distributed import Ranks
 from topogpt.errors import UserError
 from topogpt.model import connectome
 from topogpt.settings import ItpConfig
+from topogpt.training.interrupt import StopSignals
 
 FEW = {"max_steps": 6, "generations": 3, "save_every": 2, "eval_every": 3}
 
@@ -70,9 +71,9 @@ def kill_at(number: int, step: int, how: int) -> None:
     RunLog.record = wrapped
 
 
-def interrupted(cfg: ItpConfig, how: int) -> None:
+def interrupted(cfg: ItpConfig, how: int, number: int = 1, step: int = 5) -> None:
     tiny.no_pictures()
-    kill_at(1, 5, how)
+    kill_at(number, step, how)
     run(cfg)
 
 
@@ -92,6 +93,16 @@ def test_an_interrupted_loop_ends_with_the_same_file(whole, folder, how):
     assert tiny.records(root / "generation-1")[-1] == tiny.records(whole / "generation-1")[-1]
     run(dataclasses.replace(cfg, resume=True))
     assert (root / connectome.FILE).read_bytes() == (whole / connectome.FILE).read_bytes()
+
+
+def test_a_signal_in_the_last_step_of_a_generation_starts_no_other(folder):
+    cfg, output = itp(folder, "last_step", **FEW), folder / "last_step.txt"
+    assert tiny.run_in_child(interrupted, cfg, signal.SIGTERM, 0, FEW["max_steps"], output=output) == [0]
+    root = tiny.folder_of(cfg)
+    assert (root / "generation-0" / "last").resolve().name == "step-000006"
+    assert not (root / "generation-0" / "pruned").exists() and not (root / "generation-1").exists()
+    assert output.read_text().count("saving a checkpoint") == 1
+    assert "stopped by a signal at generation 0; the same command with --resume" in output.read_text()
 
 
 def test_rewinding_starts_each_generation_as_the_first(folder):
@@ -121,9 +132,9 @@ def of_two(cfg: ItpConfig) -> None:
     from train_itp import check, grow
 
     corpora = check(cfg)
-    with distributed.start(cfg.device) as ranks:
+    with distributed.start(cfg.device) as ranks, StopSignals() as signals:
         assert isinstance(ranks, Ranks)
-        grow(cfg, ranks, corpora)
+        grow(cfg, ranks, corpora, signals)
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,15 @@ class Covariance:
         """Count the activations of some tokens, (N, n_units)."""
         import torch
 
+        from topogpt.distributed import widest
+
         if not self.n_tokens:
             self.shift = x.float().mean(0)
             self.total = torch.zeros(x.shape[1], dtype=torch.float64)
             self.products = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         x = x.float() - self.shift
         self.n_tokens += len(x)
-        self.total += x.sum(0, dtype=torch.float64).cpu()
+        self.total += x.sum(0, dtype=widest(x.device)).cpu()
         self.products += (x.T @ x).cpu()  # the sum is float64
 
     @property

@@ -100,10 +100,12 @@ class Moments(NamedTuple):
 
 def moments(model: "GPT", sheets: Sequence[str], n_units: int, rows: Sequence[np.ndarray]) -> Moments:
     """Mean and standard deviation of what every unit shows over the tokens of rows of equal length."""
+    from topogpt.distributed import widest
+
     totals, squares = np.zeros((2, len(sheets), n_units))
 
     def add(i: int, out: "Tensor", units: slice) -> None:
-        x = out.double()
+        x = out.to(widest(out.device))
         totals[i, units] += x.sum((0, 1)).cpu().numpy()
         squares[i, units] += (x * x).sum((0, 1)).cpu().numpy()
 

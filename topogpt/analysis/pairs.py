@@ -126,6 +126,8 @@ def log_probabilities(model: "GPT", lists: Sequence[np.ndarray]) -> np.ndarray:
     import torch
     import torch.nn.functional as F
 
+    from topogpt.distributed import widest
+
     found = np.zeros(len(lists))
     with torch.inference_mode():
         for batch in batches([len(tokens) - 1 for tokens in lists], TOKENS_PER_BATCH):
@@ -138,7 +140,7 @@ def log_probabilities(model: "GPT", lists: Sequence[np.ndarray]) -> np.ndarray:
             tokens, counted = tokens.to(model.device), counted.to(model.device)
             logits = model(tokens[:, :-1]).logits.float()
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-            found[batch] = -(loss.view(counted.shape).double() * counted).sum(1).cpu().numpy()
+            found[batch] = -(loss.view(counted.shape).to(widest(loss.device)) * counted).sum(1).cpu().numpy()
     return found
 
 

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 
+from topogpt.errors import masked
+
+LONGEST = 1_000_000  # bytes of a diff that are kept
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "huggingface_hub", "transformers", "wandb")
 
 
@@ -32,13 +36,26 @@ def code() -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str | None:
-    """Output of git in the folder of this code; None outside a repository or without git."""
+    """Output of git in the folder of this code; None outside a repository or without git.
+
+    Bytes that are no UTF-8 are replaced, what looks like a secret is masked, and what is beyond LONGEST cut.
+    """
+    where = {"cwd": Path(__file__).parent, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 30}
-        done = subprocess.run(["git", *arguments], check=True, **options)
-    except (OSError, subprocess.SubprocessError):
+        with subprocess.Popen(["git", *arguments], **where) as process:
+            deadline = threading.Timer(30, process.kill)
+            deadline.start()
+            output = process.stdout.read(LONGEST + 1)
+            if cut := len(output) > LONGEST:
+                process.kill()
+            status = process.wait()
+            deadline.cancel()
+    except OSError:
         return None
-    return done.stdout.strip()
+    if status and not cut:
+        return None
+    text = masked(output[:LONGEST].decode("utf-8", "replace")).strip()
+    return f"{text}\n... cut here: more than {LONGEST:,} bytes" if cut else text
 
 
 def installed(package: str) -> str | None:

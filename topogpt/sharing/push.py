@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from topogpt.errors import UserError
+from topogpt.errors import UserError, masked
 from topogpt.model import connectome
 from topogpt.retry import PASSING, status, with_retries
 from topogpt.sharing import wirings
@@ -53,6 +53,19 @@ def full_name(name: str, say: Say = print) -> str:
     with reported(say):
         me = attempt("asking who is logged in", HfApi().whoami, name, "give USER/NAME", say)
     return f"{me['name']}/{name}"
+
+
+def check_login(name: str) -> None:
+    """Refuse to start what could not be pushed in the end; asks nobody."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            "push_to_hf = True, but the Hub is switched off here (HF_HUB_OFFLINE); unset that, or leave "
+            f"--push_to_hf out and push later: python export.py out/{name} --push_to_hf"
+        )
+    if not has_token():
+        raise UserError(f"push_to_hf = True, but no token of the Hub is here; {LOG_IN}, or leave it out")
 
 
 def has_token() -> bool:
@@ -213,7 +226,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
     for secret in {get_token(), os.environ.get("HF_TOKEN")} - {None, ""}:
         text = text.replace(secret, "***")
-    return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "***", text)[:300]
+    return masked(text)[:300]
 
 
 class Lines(logging.Handler):

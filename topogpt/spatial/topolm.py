@@ -32,8 +32,9 @@ class TopoLMLoss(nn.Module):
         self.n_neighbourhoods = len(cells)
         target = topo.inverse_distances(cfg.radius, cfg.distance)
         self.register_buffer("units", torch.from_numpy(units), persistent=False)  # (S, neighbourhoods, U)
-        target = standardised_pairs(torch.from_numpy(target))  # (U, U)
-        self.register_buffer("target", target, persistent=False)
+        # (U, U) float64, which Apple's GPUs lack: not a buffer, so that it stays where it is
+        self.exact = standardised_pairs(torch.from_numpy(target))
+        self.register_buffer("target", self.exact.float(), persistent=False)
 
     def choose(self, seed: int, step: int, micro_batch: int) -> Tensor:
         """Neighbourhoods of one micro-batch, (S, K) int64 on the device of the loss.
@@ -48,7 +49,7 @@ class TopoLMLoss(nn.Module):
         chosen = torch.from_numpy(np.argsort(draws, axis=1, kind="stable")[:, : self.per_sheet].copy())
         if self.units.is_cuda:
             chosen = chosen.pin_memory()  # so that the copy need not wait
-        return chosen.to(self.units.device, non_blocking=True)
+        return chosen.to(self.units.device, non_blocking=self.units.is_cuda)
 
     def forward(self, activations: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
         """Loss of each sheet, (S,): the mean over its chosen neighbourhoods.
@@ -59,7 +60,8 @@ class TopoLMLoss(nn.Module):
         """
         sheets = [activations[name].flatten(0, -2) for name in self.sheets]  # (N, C) each
         units = self.units.gather(1, chosen[..., None].expand(-1, -1, self.units.shape[-1]))  # (S, K, U)
-        target = self.target.to(torch.promote_types(sheets[0].dtype, torch.float32))
+        wide = sheets[0].dtype == torch.float64
+        target = self.exact.to(sheets[0].device) if wide else self.target.float()
         dense = self.dense if self.dense is not None else target.device.type != "cpu"
         losses = [NeighbourhoodLoss.apply(x, u, target, dense) for x, u in zip(sheets, units, strict=True)]
         return torch.stack(losses)
@@ -89,15 +91,14 @@ class NeighbourhoodLoss(torch.autograd.Function):
         k, u = units.shape
         if k * u <= x.shape[1]:
             columns = x.index_select(1, units.flatten()).to(target.dtype)  # (N, R), R = K * U
-            columns -= columns.mean(0)
+            centre_(columns)
             each = columns.view(-1, k, u).transpose(0, 1)  # (K, N, U)
             loss, m = correlation_loss(torch.bmm(each.transpose(1, 2), each), target)
             if dense:
                 spread = m.new_zeros(k, u, x.shape[1])
                 m = spread.scatter_(2, units[:, None, :].expand(-1, u, -1), m).flatten(0, 1)  # (R, C)
         else:
-            columns = x.to(target.dtype)  # (N, R), R = C
-            columns = columns - columns.mean(0)
+            columns = centre_(x.to(target.dtype, copy=True))  # (N, R), R = C
             sheet, pairs = columns.T @ columns, (units[:, :, None], units[:, None, :])
             loss, m = correlation_loss(sheet[pairs], target)
             m = torch.zeros_like(sheet).index_put_(pairs, m, accumulate=True)  # (R, C)
@@ -116,6 +117,17 @@ class NeighbourhoodLoss(torch.autograd.Function):
         dx = torch.zeros(ctx.shape, dtype=m.dtype, device=m.device)
         dx.scatter_add_(1, units.flatten().expand(len(d), -1), d)
         return dx.to(ctx.dtype), None, None, None
+
+
+def centre_(columns: Tensor) -> Tensor:
+    """Subtract the mean of each column of (N, R), in place.
+
+    First its first row: the mean of a constant is not that constant in fp32, and what remained would count as
+    a variance, with a gradient a million times that of other units.
+    """
+    columns -= columns[:1].clone()
+    columns -= columns.mean(0)
+    return columns
 
 
 def correlation_loss(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

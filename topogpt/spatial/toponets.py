@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topogpt.distributed import widest
 from topogpt.spatial.weights import (
     WeightConfig,
     WeightLoss,
@@ -90,7 +91,7 @@ def blur_of(
     interpolation: Interpolation = "bilinear",
     device: torch.device | None = None,
 ) -> Blur:
-    """The matrices of a blur, float64 (float32 where the device has no float64)."""
+    """The matrices of a blur, float64, or what the device has."""
     check_factors(h, w, factor_h, factor_w)
     if interpolation not in get_args(Interpolation):
         names = ", ".join(get_args(Interpolation))
@@ -98,8 +99,7 @@ def blur_of(
     with torch.autocast("cpu", enabled=False), torch.no_grad():
         down_h, up_h = smaller_and_larger(h, factor_h, interpolation)
         down_w, up_w = smaller_and_larger(w, factor_w, interpolation)
-    dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
-    return Blur(*(matrix.to(device, dtype) for matrix in (down_h, up_w @ down_w, up_h)))
+    return Blur(*(matrix.to(device, widest(device)) for matrix in (down_h, up_w @ down_w, up_h)))
 
 
 def smaller_and_larger(n: int, factor: float, interpolation: Interpolation) -> tuple[Tensor, Tensor]:

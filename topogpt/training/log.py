@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from topogpt.errors import UserError
+from topogpt.errors import UserError, silence
 from topogpt.files import write_bytes
 from topogpt.runs.folder import record_of
 from topogpt.settings import TrainConfig
@@ -22,8 +22,7 @@ from topogpt.settings import TrainConfig
 class RunLog:
     """Writes on the main rank; on the others every call does nothing.
 
-    A file that cannot be written (a full disk, a terminal that is gone) stops no call: `trouble` says so, and
-    the loop saves and ends.
+    A file that cannot be written (a full disk) stops no call: `trouble` says so, and the loop saves and ends.
     """
 
     def __init__(self, run: Path, is_main: bool, step: int, max_steps: int) -> None:
@@ -55,8 +54,6 @@ class RunLog:
             yield
         except OSError as error:
             self.trouble = self.trouble or f"{what} cannot be written: {error.strerror or error}"
-            if isinstance(error, BrokenPipeError):  # what else is printed has no reader either
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def sync(self) -> None:
         """Bring the records to the disk, before a checkpoint counts on them."""
@@ -69,11 +66,10 @@ class RunLog:
         """Print a line and keep it in log.txt."""
         if self.is_main:
             self.write(line)
-            with self.writing("standard output"):
-                if self.bar.disable:
-                    print(line, flush=True)
-                else:
-                    self.bar.write(line)
+            try:
+                print(line, flush=True) if self.bar.disable else self.bar.write(line)
+            except OSError:  # who read it is gone, such as the tee that Ctrl-C ended too: log.txt has it
+                silence(sys.stdout.fileno())
 
     def say_once(self, line: str) -> None:
         if line not in self.said:

@@ -5,8 +5,10 @@
 
 import contextlib
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from topogpt.runs import lock
 from topogpt.runs.folder import find_checkpoint, is_empty, newest
 from topogpt.runs.seal import read_state
 from topogpt.settings import TrainConfig
+from topogpt.sharing import push
 from topogpt.text.loader import Corpus, open_corpus
 
 # settings that say where things lie and how a start goes, not how the run goes on
@@ -58,6 +61,7 @@ def check(cfg: TrainConfig) -> Checked:
         corpus.n_windows(cfg.model.block_size)  # raises where the corpus is shorter than one
     wiring = check_connectome(cfg) if cfg.connectome else None
     if rank == 0:
+        check_services(cfg)
         check_run_folder(cfg)
     folder = checkpoint_to_resume(cfg)
     changed: tuple[str, ...] = ()
@@ -87,6 +91,14 @@ def checkpoint_to_resume(cfg: TrainConfig) -> Path | None:
         )
     chosen = read_state(find_checkpoint(run, cfg.checkpoint))["train_state"]
     return find_checkpoint(run, f"step-{chosen['step']}")
+
+
+def check_services(cfg: TrainConfig) -> None:
+    """Whether what the run is copied to can be reached at all: now, not after days of training."""
+    if cfg.push_to_hf:
+        push.check_login(cfg.run_name)
+    if cfg.wandb and "wandb" not in sys.modules and find_spec("wandb") is None:
+        raise UserError("wandb = True, but wandb is not installed; pip install wandb, or leave --wandb out")
 
 
 def check_connectome(cfg: TrainConfig) -> str:

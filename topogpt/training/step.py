@@ -1,4 +1,4 @@
-"""One optimiser step: accumulate micro-batches, clip, step. Nothing in it waits for the device."""
+"""One optimiser step: accumulate micro-batches, clip, step. Nothing in it waits for a CUDA device."""
 
 import contextlib
 from collections.abc import Sequence
@@ -41,8 +41,11 @@ def optimizer_step(t: Training, step: int, batches: Sequence[MicroBatch]) -> Ste
     t.masks.of_gradients()
     grad_norm = nn.utils.clip_grad_norm_(t.model.parameters(), cfg.optim.grad_clip or torch.inf)
     skip = (~grad_norm.isfinite()).float()
-    t.optimizer.found_inf = skip  # the fused kernel leaves everything as it is where this is 1
-    t.optimizer.step()
+    if t.ranks.device.type in ("cuda", "cpu"):
+        t.optimizer.found_inf = skip  # their fused kernels leave everything as it is where this is 1
+        t.optimizer.step()
+    elif not skip:  # others may not look at it, so the host waits for the device
+        t.optimizer.step()
     t.masks.of_weights()
     t.optimizer.zero_grad(set_to_none=True)
     return Step(torch.cat([losses, *of_weights]), grad_norm, skip)
