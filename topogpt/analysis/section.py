@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from topogpt.analysis import results
+from topogpt.analysis import results, stimuli
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.subject import EvalConfig, Subject, load_subjects
 from topogpt.config import parse
@@ -136,12 +136,18 @@ class Analysis:
         results.save(name, subject, self.analyse(cfg, subject))
         return name
 
+    def said(self, found: Sequence[Result]) -> Section:
+        """Its section, with a note where its stimuli are our own."""
+        made = self.section(found)
+        own = any(stimuli.is_own(result.content["data_sha256"]) for result in found)
+        return made._replace(warnings=[stimuli.OWN_NOTE, *made.warnings]) if own else made
+
     def main(self, argv: list[str]) -> None:
         """For the model, then its control, analyse and save; print the tables; draw."""
         cfg, found = parse(self.config, argv, prog=f"python -m evals.{self.name}"), []
         for subject in load_subjects(cfg):
             found.append(results.read(subject.results, self.save(cfg, subject)))
-        show(self.section(found))
+        show(self.said(found))
         say(f"numbers: {found[0].folder / found[0].content['analysis']}.json")
         for picture in draw(self, found) if cfg.figures else ():
             for path in (picture.path, picture.path.with_suffix(".svg")):

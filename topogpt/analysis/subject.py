@@ -32,7 +32,7 @@ class EvalConfig:
     layout: topo.Layout | None = None  # sheets to look at; None: the model's own; else into evals/LAYOUT
     positions: str | None = None  # of sheets it has none of: identity, permuted, a folder with a topography
     results_dir: str | None = None  # folder for the results; None: evals/ inside the run or folder
-    stimuli_dir: str = "data/stimuli"  # where stimuli lie; `python -m evals.fetch` fills it
+    stimuli_dir: str = "data/stimuli"  # of published stimuli (`python -m evals.fetch`); not there: our own
     figures: bool = True  # draw the figures, too
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
