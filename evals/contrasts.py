@@ -234,10 +234,10 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
         title = f"{first['what']}; outlined: significant (FDR over all units)"
         yield Drawing(
             f"{prefix}-{name}-maps",
-            draw_sheets(groups, title, "t (Welch)"),
+            draw_sheets(groups, title, "t (Welch)", least=plots.LEAST_T),
             "t-value of every unit for the contrast in the title (Welch, dimensionless; its first kind of "
             "item is positive), raw and with the widest readout. Outlined: significant at the false "
-            f"discovery rate over all units of all sheets. {plots.MAPS}",
+            f"discovery rate over all units of all sheets. {plots.MAPS} {plots.OUTLINED}",
             f"Maps: {first['what']}",
         )
 

@@ -131,8 +131,8 @@ def shown(cfg: ReportConfig, name: str, analysis: Analysis, models: Sequence[Mod
                 break
     if found and cfg.figures:
         try:
-            for path, caption, title in section.draw(analysis, found):
-                images.append(Image(path.stem, path.read_bytes(), caption, title))
+            for path, caption, title, alt in section.draw(analysis, found):
+                images.append(Image(path.stem, path.read_bytes(), caption, title, alt))
         except UserError as error:
             missing.append(f"The figures were not drawn: {error}")
     for line in done + missing:

@@ -108,6 +108,7 @@ class Picture(NamedTuple):
     path: Path  # PNG
     caption: str
     title: str
+    alt: str  # what is seen on it
 
 
 # ---- an analysis ---------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def draw(analysis: Analysis, found: Sequence[Result]) -> list[Picture]:
             path = found[0].folder / f"{stem}.png"
             drawing.save(figure, path)
             drawing.save(figure, path.with_suffix(".svg"), metadata={"Date": None})
-            pictures.append(Picture(path, caption, title))
+            pictures.append(Picture(path, caption, title, drawing.in_words(figure)))
     return pictures
 
 
