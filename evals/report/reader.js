@@ -188,7 +188,7 @@ function drawSheets() {
   for (const tile of tiles) {
     const map = mapOf(model(tile.model), tile.sheet, token), value = moran(map);
     paint(tile.canvas, map, LIMIT);
-    tile.value.textContent = isNaN(value) ? "" : `I ${value.toFixed(2).replace("-", "\u2212")}`;
+    tile.value.textContent = isNaN(value) ? "" : `I ${(Math.round(100 * value) / 100 + 0).toFixed(2).replace("-", "\u2212")}`;
     tile.canvas.setAttribute("aria-label", `${data.models[tile.model].label}, ${data.sheets[tile.sheet]}: activations of `
       + `${height} by ${width} units, Moran ${tile.value.textContent}; arrow keys choose a unit`);
   }
