@@ -16,6 +16,7 @@ from pathlib import Path
 
 from topogpt.config import parse
 from topogpt.errors import UserError, run_main
+from topogpt.files import similar
 from topogpt.settings import ExportConfig
 from topogpt.sharing.export import export
 from topogpt.sharing.push import PushFailed, full_name, later, push
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> None:
     if cfg.private and cfg.push_to_hf is None:
         raise UserError("private = True has no effect without --push_to_hf; add that, or leave --private out")
     if not source.is_dir():
-        raise UserError(f"run {source} does not exist; give the folder of a run, such as out/NAME")
+        otherwise = "give the folder of a run, such as out/NAME"
+        raise UserError(f"run {source} does not exist; {similar(source, otherwise)}")
     if (source / "topography.json").is_file():
         return push_exported(cfg, source)
     repo_id = trouble = None

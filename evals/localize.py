@@ -235,9 +235,7 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     title = stimuli.named("Sentences - nonwords", found[0].content["data_sha256"])
     yield Drawing(
         "localize-maps",
-        draw_sheets(
-            maps, f"{title}; outlined: the language network", "t (Welch)", least=plots.LEAST_T
-        ),
+        draw_sheets(maps, f"{title}; outlined: the language network", "t (Welch)", least=plots.LEAST_T),
         "t-value of every unit, sentences minus nonwords (Welch, dimensionless). Outlined: the language "
         f"network. {plots.MAPS} {plots.OUTLINED}",
     )

@@ -109,7 +109,13 @@ def draw_sheets(
                 axis.plot(*outline(maps.outlined[sheet], top + above, left), color=OUTLINE, lw=0.5)
         place = (-0.5, width - 0.5, top + len(mosaic) - 0.5, top - 0.5)
         image = axis.imshow(
-            mosaic, cmap=palette, vmin=-limit, vmax=limit, interpolation="nearest", extent=place, alpha=opacity
+            mosaic,
+            cmap=palette,
+            vmin=-limit,
+            vmax=limit,
+            interpolation="nearest",
+            extent=place,
+            alpha=opacity,
         )
     axis.set(xlim=(-line, width + 0.2 * line), ylim=(height - 2 * line, -2.6 * line), aspect="equal")
     figure.suptitle(title, fontsize=9)

@@ -85,7 +85,9 @@ def profiles() -> Stimuli:
     """Sentences (S), the same words shuffled (W), jabberwocky (J) and nonwords (N): other sentences."""
     real = sentences("profiles", N_PROFILES)
     made = {"W": shuffled, "J": jabberwocky, "N": nonwords}
-    return stimuli("profiles", {"S": real} | {c: [f(s, i) for i, s in enumerate(real)] for c, f in made.items()})
+    return stimuli(
+        "profiles", {"S": real} | {c: [f(s, i) for i, s in enumerate(real)] for c, f in made.items()}
+    )
 
 
 def words() -> Stimuli:
@@ -160,7 +162,9 @@ def nonwords(sentence: str, i: int) -> str:
 def nonword(n_letters: int, *key: rng.Key) -> str:
     for turn in count():
         draws = rng.raw(max(4, n_letters), *key, turn).tolist()
-        made = "".join((VOWELS if k % 2 else CONSONANTS)[r % (4 if k % 2 else 14)] for k, r in enumerate(draws))
+        made = "".join(
+            (VOWELS if k % 2 else CONSONANTS)[r % (4 if k % 2 else 14)] for k, r in enumerate(draws)
+        )
         if made not in REAL:
             return made
     raise AssertionError

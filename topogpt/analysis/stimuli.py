@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from topogpt.errors import UserError
-from topogpt.files import sha256
+from topogpt.files import sha256, similar
 
 DEFAULT_DIR = "data/stimuli"
 OWN = "topogpt's own stimuli"  # the source of those in own_stimuli.py
@@ -23,6 +23,7 @@ OWN_NOTE = (
     "nobody: they stand in for the published sets, which `python -m evals.fetch` fetches."
 )
 REMEDY = "`python -m evals.fetch` fetches the public stimuli; give their folder as --stimuli_dir"
+FETCHED = ("moseley2014.csv", "elli_hauptman2024.csv", "fedorenko_profiles.csv")
 LOCALIZER_WORDS = [f"stim{i}" for i in range(2, 14)]  # the twelve words of an item of the localiser
 
 
@@ -59,7 +60,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, s
             there = reader.fieldnames or []
             rows = [(reader.line_num, row) for row in reader]
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {REMEDY}") from None
+        fetched = path.name in FETCHED
+        remedy = "give a CSV file with the columns item and condition"
+        raise UserError(f"{path} does not exist; {REMEDY if fetched else similar(path, remedy)}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}; save it as UTF-8 CSV") from None
     for column in columns:

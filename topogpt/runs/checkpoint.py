@@ -156,9 +156,9 @@ class LoadedRun(NamedTuple):
     folder: Path  # of the checkpoint
 
 
-def load_run(run: Path, which: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
     """Load a run's model; `which` is best, last or step-N."""
-    folder = find_checkpoint(run, which)
+    folder = find_checkpoint(Path(run), which)
     state = read_state(folder)
     model = GPT(GPTConfig(**state["config"]["model"]))
     weights, positions = load_tensors(folder)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from topogpt.errors import UserError
+from topogpt.files import similar
 from topogpt.runs.state import TrainState
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "state.json")
@@ -30,7 +31,8 @@ def step_folder(run: Path, step: int) -> Path:
 def find_checkpoint(run: Path, which: str = "best") -> Path:
     """Folder of a run's checkpoint; `which` is best, last or step-N."""
     if not run.is_dir():
-        raise UserError(f"run {run} does not exist; give the folder of a run, such as out/NAME")
+        otherwise = "give the folder of a run, such as out/NAME"
+        raise UserError(f"run {run} does not exist; {similar(run, otherwise)}")
     if which.startswith("step-"):
         folder = step_folder(run, int(which[5:])) if which[5:].isdigit() else run / "checkpoints" / which
     elif which in ("best", "last"):

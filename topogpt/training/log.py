@@ -35,7 +35,12 @@ class RunLog:
         self.metrics = metrics.open("a", encoding="utf-8")
         self.text = (run / "log.txt").open("a", encoding="utf-8")
         self.bar = tqdm(
-            total=max_steps, initial=max(step, 0), unit="step", disable=not sys.stderr.isatty(), leave=False
+            total=max_steps,
+            initial=max(step, 0),
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            bar_format="step {n_fmt}/{total_fmt}{postfix}",
+            dynamic_ncols=True,
         )
 
     def say(self, line: str) -> None:
@@ -84,7 +89,7 @@ class RunLog:
             self.say(line)
         else:
             self.write(line)
-            self.bar.set_postfix_str(line.partition("  ")[2], refresh=False)
+            self.bar.set_postfix_str(short(line), refresh=False)
             self.bar.update(step - self.bar.n)
 
     def start_wandb(self, cfg: TrainConfig, run_id: str | None) -> str | None:
@@ -128,6 +133,13 @@ class RunLog:
                 self.mirror(self.wandb.finish)
             self.metrics.close()
             self.text.close()
+
+
+def short(line: str) -> str:
+    """A training step's line as the bar shows it, in 80 columns: the one ETA first, the least needed left out."""
+    parts = line.split("  ")[1:]
+    kept = [p for p in parts[:-1] if not p.startswith(("lr ", "grad norm", "MFU")) and not p.endswith("GB")]
+    return "  ".join([*parts[-1:], *kept])[:58]
 
 
 def curves(values: Mapping[str, Any]) -> dict[str, float]:

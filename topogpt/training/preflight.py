@@ -16,6 +16,8 @@ from topogpt.runs.folder import newest, read_state
 from topogpt.settings import TrainConfig
 from topogpt.text.loader import Corpus, open_corpus
 
+MOST_EPOCHS = 100  # more is a mistake, or learning by heart
+
 
 class Checked(NamedTuple):
     train: Corpus
@@ -55,6 +57,19 @@ def check(cfg: TrainConfig) -> Checked:
         check_same_run(cfg, saved, train.fingerprint, val.fingerprint)
         check_same_connectome(cfg, saved, wiring)
     return Checked(train, val, folder, wiring)
+
+
+def find_data(cfg: TrainConfig) -> TrainConfig:
+    """With the documentation inside Python as data, said, where the usual data are not there but it is enough."""
+    pydoc, usual = Path("data/pydoc"), TrainConfig.train_data_dir
+    if (cfg.train_data_dir, cfg.val_data_dir) != (usual, TrainConfig.val_data_dir) or Path(usual[0]).exists():
+        return cfg
+    n = sum((path.stat().st_size - 1024) // 2 for path in (pydoc / "train").glob("*.bin"))
+    if cfg.max_steps * cfg.batch_size * cfg.model.block_size > MOST_EPOCHS * n:
+        return cfg
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{usual[0]} is not prepared: training on {pydoc}, the documentation inside Python")
+    return dataclasses.replace(cfg, train_data_dir=(f"{pydoc}/train",), val_data_dir=(f"{pydoc}/val",))
 
 
 def check_connectome(cfg: TrainConfig) -> str:

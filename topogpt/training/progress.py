@@ -11,7 +11,7 @@ from topogpt.spatial.schedule import weight_at
 from topogpt.terminal import duration
 from topogpt.training.log import RunLog
 from topogpt.training.optim import lr_at
-from topogpt.training.preflight import Checked
+from topogpt.training.preflight import MOST_EPOCHS, Checked
 from topogpt.training.setup import Training
 
 
@@ -39,6 +39,10 @@ def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
         f"data: {corpora.train.n_tokens:,} training tokens, {epochs:.2f} epochs in {cfg.max_steps:,} steps "
         f"of {tokens_per_step:,} tokens; {corpora.val.n_tokens:,} validation tokens"
     )
+    if epochs > MOST_EPOCHS:
+        log.say(
+            f"warning: {epochs:,.0f} epochs of so little text are learnt by heart; prepare more, or train for less"
+        )
     known = {shard.sha256 for shard in corpora.train.shards if shard.sha256}
     shared = [shard.path for shard in corpora.val.shards if shard.sha256 in known]
     if shared:
