@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     start = words.encode_document(cfg.prompt).astype("int64")
     if start.max() >= model.cfg.vocab_size:
         raise UserError(
-            f"{cfg.run} knows {model.cfg.vocab_size} tokens, fewer than GPT-2's {words.n_vocab}, so no prompt "
+            f"{cfg.run} knows {model.cfg.vocab_size} tokens, fewer than GPT-2's {words.n_vocab}, so none "
             "can be read to it; give a run of the default --model.vocab_size"
         )
     generator = torch.Generator(device).manual_seed(cfg.seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 HALF_BLOCK = "\u2580"  # its upper half in one colour, its lower in another: two cells
 SHADES = " .:-=+*#%@"
-# (value, red, green, blue) of maps here, in figures and on pages: blue, white, orange, which everyone tells apart
+# (value, red, green, blue) of maps here, in figures and on pages: blue, white, orange, seen by everyone
 PALETTE = (
     (-1, 10, 42, 96), (-0.62, 43, 112, 184), (-0.28, 150, 194, 228), (0, 249, 249, 248),
     (0.28, 250, 196, 146), (0.62, 217, 106, 30), (1, 112, 38, 4),

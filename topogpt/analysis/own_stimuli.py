@@ -22,16 +22,17 @@ from topogpt.analysis.stimuli import DEFAULT_DIR, OWN, Stimuli
 
 N_LOCALIZER, N_PROFILES = 96, 80  # sentences of each set
 SLOTS = {
-    "person": """farmer teacher sailor doctor baker sister lawyer painter singer pilot nurse student captain
-        waiter tailor driver dancer guard hunter brother""",
-    "thing": """letter basket window bicycle lamp table blanket ladder piano camera carpet kettle mirror drum
-        clock bottle chair picture map box""",
-    "place": """garden station kitchen harbor market library church village forest bridge school theater office
-        castle factory museum tower bakery hospital stable""",
-    "kind": """quiet small large strange famous lovely dirty pretty beautiful tiny plain simple modern tall
-        noisy gloomy""",
-    "did": """carried painted opened repaired noticed wanted borrowed cleaned returned dropped covered counted
-        delivered moved watched needed ordered pushed received washed""",
+    "person": """farmer teacher sailor doctor baker sister lawyer painter singer pilot nurse student
+        captain waiter tailor driver dancer guard hunter brother""",
+    "thing": """letter basket window bicycle lamp table blanket ladder piano camera carpet kettle
+        mirror drum clock bottle chair picture map box""",
+    "place": """garden station kitchen harbor market library church village forest bridge school
+        theater office castle factory museum tower bakery hospital stable""",
+    "kind": """quiet small large strange famous lovely dirty pretty beautiful tiny plain simple
+        modern tall noisy gloomy""",
+    "did": """carried painted opened repaired noticed wanted borrowed cleaned returned dropped
+        covered counted delivered moved watched needed ordered pushed received
+        washed""",
     "acted": "waited laughed rested listened smiled stayed shouted worked arrived danced paused appeared",
     "how": "slowly quietly suddenly quickly gladly carefully softly calmly",
     "when": "yesterday again today alone early later",
@@ -49,24 +50,27 @@ she told the +person that the +thing from the +place was +did
 ENDINGS = ("ed", "ly")  # that jabberwocky keeps
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aiou"
 REAL = """baka batu biro dani daro daron davi dina dinar dodo doma dula dupi fofi fomo fuzi gaba gama gigi
-    gini gita kita koki kudu kumi lilo loli luna mako mali malo mana mara marik miki mina miro moga
-    mono mora nara nata nima nova paba polo poma popo radi rami ravi razi riba robo rosa sabi saki
-    sati sofa soma sori suri tara taro tata tuba tula tutu vasa vita zama zapu zina""".split()  # words and names that the rule would make
+    gini gita kita koki kudu kumi lilo loli luna mako mali malo mana mara marik miki mina miro
+    moga mono mora nara nata nima nova paba polo poma popo radi rami ravi razi riba robo rosa
+    sabi saki sati sofa soma sori suri tara taro tata tuba tula tutu vasa vita zama zapu zina""".split()  # names and words that the rule would make
 
 CARRIERS = ("they liked", "we preferred", "he loved", "she hated", "you wanted")
 WORDS = {
-    "concrete_noun": """garden kitchen river apple candle pencil basket mountain chicken forest jacket kettle
-        lemon piano rabbit spider ticket tiger tomato tractor trumpet tunnel umbrella valley violin wallet
-        bicycle castle island engine coffee diamond elephant village potato guitar cottage lizard ladder oven""",
-    "abstract_noun": """idea truth freedom justice wisdom courage theory method patience beauty mercy luck moment
-        mood notion opinion origin peace pride quality religion rumor safety science secret skill soul spirit
-        success talent tension tradition virtue wealth youth loyalty history humor illusion logic""",
-    "concrete_verb": """eat sing swim write bake chew crawl dig carve sew knit weave pour grab kneel sit bend
-        breathe bring build carry gather hang hear melt scrub sneeze sweep swallow throw wander weep blow speak
-        read stand feed grow drink wash""",
-    "abstract_verb": """think know believe agree admit decide forgive forget remember understand suppose assume
-        consider deny deserve expect explain forbid imagine improve infer intend learn obey persuade pretend
-        prove realize refuse rely solve suggest choose accept apologize approve argue compare conclude confess""",
+    "concrete_noun": """garden kitchen river apple candle pencil basket mountain chicken forest jacket
+        kettle lemon piano rabbit spider ticket tiger tomato tractor trumpet tunnel
+        umbrella valley violin wallet bicycle castle island engine coffee diamond
+        elephant village potato guitar cottage lizard ladder oven""",
+    "abstract_noun": """idea truth freedom justice wisdom courage theory method patience beauty mercy luck
+        moment mood notion opinion origin peace pride quality religion rumor safety
+        science secret skill soul spirit success talent tension tradition virtue
+        wealth youth loyalty history humor illusion logic""",
+    "concrete_verb": """eat sing swim write bake chew crawl dig carve sew knit weave pour grab kneel sit
+        bend breathe bring build carry gather hang hear melt scrub sneeze sweep
+        swallow throw wander weep blow speak read stand feed grow drink wash""",
+    "abstract_verb": """think know believe agree admit decide forgive forget remember understand suppose
+        assume consider deny deserve expect explain forbid imagine improve infer
+        intend learn obey persuade pretend prove realize refuse rely solve suggest
+        choose accept apologize approve argue compare conclude confess""",
 }
 
 

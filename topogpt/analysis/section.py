@@ -127,7 +127,7 @@ class Analysis:
     by_hand: bool = False  # it needs to be told what to look at: the report shows it where it was run
 
     def __post_init__(self) -> None:
-        """An analysis's own settings come first in --help, then those that it shares, the most special first."""
+        """An analysis's own settings come first in --help, then those that it shares."""
         by_place = self.config.__dataclass_fields__
         own = [name for kind in self.config.__mro__ for name in getattr(kind, "__annotations__", ())]
         ordered = {name: by_place[name] for name in dict.fromkeys(own) if name in by_place}

@@ -19,8 +19,8 @@ from topogpt.files import sha256, similar
 DEFAULT_DIR = "data/stimuli"
 OWN = "topogpt's own stimuli"  # the source of those in own_stimuli.py
 OWN_NOTE = (
-    "These are topogpt's own stimuli (topogpt/analysis/own_stimuli.py), written for this project and shown to "
-    "nobody: they stand in for the published sets, which `python -m evals.fetch` fetches."
+    "These are topogpt's own stimuli (topogpt/analysis/own_stimuli.py), written for this project and shown "
+    "to nobody: they stand in for the published sets, which `python -m evals.fetch` fetches."
 )
 REMEDY = "`python -m evals.fetch` fetches the public stimuli; give their folder as --stimuli_dir"
 FETCHED = ("moseley2014.csv", "elli_hauptman2024.csv", "fedorenko_profiles.csv")

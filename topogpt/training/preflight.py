@@ -60,7 +60,7 @@ def check(cfg: TrainConfig) -> Checked:
 
 
 def find_data(cfg: TrainConfig) -> TrainConfig:
-    """With the documentation inside Python as data, said, where the usual data are not there but it is enough."""
+    """On the documentation inside Python, and said so, where the usual data are missing and it is enough."""
     pydoc, usual = Path("data/pydoc"), TrainConfig.train_data_dir
     if (cfg.train_data_dir, cfg.val_data_dir) != (usual, TrainConfig.val_data_dir) or Path(usual[0]).exists():
         return cfg
