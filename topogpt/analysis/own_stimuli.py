@@ -49,10 +49,11 @@ she told the +person that the +thing from the +place was +did
 """.strip().splitlines()
 ENDINGS = ("ed", "ly")  # that jabberwocky keeps
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aiou"
+# names and words that the rule would make
 REAL = """baka batu biro dani daro daron davi dina dinar dodo doma dula dupi fofi fomo fuzi gaba gama gigi
     gini gita kita koki kudu kumi lilo loli luna mako mali malo mana mara marik miki mina miro
     moga mono mora nara nata nima nova paba polo poma popo radi rami ravi razi riba robo rosa
-    sabi saki sati sofa soma sori suri tara taro tata tuba tula tutu vasa vita zama zapu zina""".split()  # names and words that the rule would make
+    sabi saki sati sofa soma sori suri tara taro tata tuba tula tutu vasa vita zama zapu zina""".split()
 
 CARRIERS = ("they liked", "we preferred", "he loved", "she hated", "you wanted")
 WORDS = {

@@ -32,13 +32,9 @@ class EvalConfig:
     layout: topo.Layout | None = None  # which sheets; None: the model's own; others into evals/LAYOUT
     positions: str | None = None  # for a model without: identity, permuted, or a folder with a topography
     results_dir: str | None = None  # folder for the results; None: evals/ inside the run or folder
-    stimuli_dir: str = (
-        "data/stimuli"  # folder of the published stimuli (`python -m evals.fetch`); our own without it
-    )
+    stimuli_dir: str = "data/stimuli"  # folder of published stimuli (evals.fetch); without it: our own
     figures: bool = True  # whether to draw the figures
-    device: Literal["auto", "cuda", "mps", "cpu"] = (
-        "auto"  # where to compute; auto: the first of these that is there
-    )
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute; auto: the first that is there
     vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
 
     def __post_init__(self) -> None:
@@ -68,11 +64,7 @@ class PoolingConfig(EvalConfig):
 class MoranConfig(EvalConfig):
     """How maps are smoothed, and their Moran's I is tested."""
 
-    fwhm_mm: tuple[float, ...] = (
-        0.0,
-        1.0,
-        2.0,
-    )  # widths of the Gaussian readout: 2 is TopoLM's "smoothed", 0 none
+    fwhm_mm: tuple[float, ...] = (0.0, 1.0, 2.0)  # widths of the Gaussian readout: TopoLM's "smoothed" is 2
     unit_distance_mm: float = 1.0  # distance of neighbours on the grid
     contiguity: Literal["queen", "rook"] = "queen"  # which cells are neighbours in Moran's I
     permutations: int = 999  # how many for Moran's I, and how many noise maps for its floor

@@ -136,7 +136,7 @@ class RunLog:
 
 
 def short(line: str) -> str:
-    """A training step's line as the bar shows it: 80 columns, the one ETA first, the least needed left out."""
+    """A training step's line as the bar shows it: 80 columns, the one ETA first, the least needed out."""
     parts = line.split("  ")[1:]
     kept = [p for p in parts[:-1] if not p.startswith(("lr ", "grad norm", "MFU")) and not p.endswith("GB")]
     return "  ".join([*parts[-1:], *kept])[:58]

@@ -41,7 +41,7 @@ def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
     )
     if epochs > MOST_EPOCHS:
         log.say(
-            f"warning: {epochs:,.0f} epochs of the same text: it is learnt by heart; prepare more, or train less"
+            f"warning: {epochs:,.0f} epochs of the same text, learnt by heart; prepare more, or train less"
         )
     known = {shard.sha256 for shard in corpora.train.shards if shard.sha256}
     shared = [shard.path for shard in corpora.val.shards if shard.sha256 in known]
