@@ -578,7 +578,8 @@ const of = i => `#sheets .group:nth-child(${i + 1})`;
 out.order = all(`${of(0)} canvas`).map(canvas => canvas.dataset.sheet);
 out.names = all("#sheets canvas").map(canvas => canvas.getAttribute("aria-label"));
 out.headings = all("#sheets h3").map(node => node.textContent);
-const now = (i = 0) => ({at: document.getElementById("at").textContent, sheets: all(`${of(i)} canvas`).map(pixels),
+const now = (i = 0) => ({at: document.getElementById("at").textContent,
+  sheets: all(`${of(i)} canvas`).map(pixels),
   moran: all(`${of(i)} .under span:last-child`).map(s => s.textContent)});
 out.pinned = now();
 fire(word(5), "mouseover");
@@ -606,7 +607,8 @@ out.words = all("#words span").map(span => span.textContent);
 fire(word(5), "mouseover");
 out.second = now();
 out.control = now(1);
-const key = name => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
+const key = name =>
+  document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
 fire(canvas, "click", cell(canvas, 1, 2));
 canvas.focus();
 for (const name of ["ArrowRight", "ArrowDown", "ArrowUp", "ArrowDown", "PageDown"]) key(name);

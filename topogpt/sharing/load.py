@@ -105,7 +105,7 @@ def find_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
             raise UserError(f"{path} has no config.json; give an exported folder, such as out/NAME/hf")
         return path
     known = "give a run, an exported folder or USER/NAME"
-    if len(path.parts) > 1 and path.parent.is_dir() and not path.exists():
+    if "/" in name and path.parent.is_dir() and not path.exists():
         # a typo: the network is not asked
         raise UserError(f"{name} does not exist; {similar(path, known)}")
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
