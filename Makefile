@@ -1,5 +1,6 @@
 # make demo: set up .venv, prepare text, train a small topographic GPT, show its maps, a sample and a report (CPU or GPU,
-#            minutes); STIMULI=folder for the stimuli of its contrasts (python -m evals.fetch)
+#            minutes); again: goes on, and keeps what was analysed; FRESH=1: anew, the old run kept as out/demo-TIME
+#            STIMULI=folder for published stimuli (python -m evals.fetch); without one they are our own
 # make test: set up .venv, check the code's style, run every test, on WORKERS=2 cores
 # make check: before every commit, in about a minute: style, types of the public names, the quick tests
 # make test-compat: the exported model in transformers 4.51
@@ -12,6 +13,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 STIMULI ?= data/stimuli
 REPORT = $(PY) -m evals.report out/demo --stimuli_dir $(STIMULI) $(if $(wildcard out/demo-control/best),--control out/demo-control)
+# A run that has a checkpoint goes on (a finished one is kept); what is left of one without is trained anew.
+AGAIN = $$(ls -d out/demo/checkpoints/step-* >/dev/null 2>&1 && echo --resume || echo --overwrite)
 WORKERS ?= 2
 # A file's tests stay in one process, as they share runs.
 PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
@@ -22,12 +25,13 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install --constraint con
 .PHONY: demo control test check test-compat clean
 
 demo: $(VENV)/.demo data/pydoc/manifest.json
-	$(PY) train.py configs/demo.yaml --run_name demo --overwrite
+	@$(if $(FRESH),test ! -d out/demo || mv out/demo out/demo-$$(date +%Y%m%d-%H%M%S))
+	$(PY) train.py configs/demo.yaml --run_name demo $$(test ! -d out/demo || echo $(AGAIN))
 	@echo
 	@$(PY) topo.py out/demo --draw
 	@echo
 	@$(PY) export.py out/demo
-	@echo && echo "a sample from the exported folder:"
+	@echo && echo "a sample from the exported folder; after 200,000 tokens a model knows words and little of sentences:"
 	@$(PY) sample.py out/demo/hf --prompt "The function returns" --max_new_tokens 60
 	@echo
 	@$(REPORT)

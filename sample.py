@@ -4,7 +4,7 @@ python sample.py out/topolm --prompt "The cortex"          # or out/topolm/hf, o
 """
 
 from topogpt.config import parse
-from topogpt.errors import run_main
+from topogpt.errors import UserError, run_main
 from topogpt.settings import SampleConfig
 
 
@@ -21,6 +21,11 @@ def main(argv: list[str]) -> None:
     words = tokenizer.load(cfg.vocab_dir)
     # begins with the end-of-text token, as in training
     start = words.encode_document(cfg.prompt).astype("int64")
+    if start.max() >= model.cfg.vocab_size:
+        raise UserError(
+            f"{cfg.run} knows {model.cfg.vocab_size} tokens, fewer than GPT-2's {words.n_vocab}, so none "
+            "can be read to it; give a run of the default --model.vocab_size"
+        )
     generator = torch.Generator(device).manual_seed(cfg.seed)
     for i in range(cfg.n_samples):
         tokens = model.generate(

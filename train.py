@@ -17,7 +17,7 @@ from topogpt.training import preflight
 
 if __name__ == "__main__":  # answer --help and mistakes at once: importing torch takes seconds
     with user_errors():
-        cfg = parse(TrainConfig, sys.argv[1:], prog="train.py")
+        cfg = preflight.find_data(parse(TrainConfig, sys.argv[1:], prog="train.py"))
         preflight.check(cfg)
 
 import torch

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from topogpt import topo
-from topogpt.analysis import heldout, measures, pairs, plots, stimuli
+from topogpt.analysis import heldout, measures, own_stimuli, pairs, plots, stimuli
 from topogpt.analysis.activations import token_lists
 from topogpt.analysis.contrast import TMaps, chosen, clusters_of
 from topogpt.analysis.experiment import MEASURES, Bench, contrast, experiment
@@ -165,12 +165,15 @@ def analyse(cfg: AblateConfig, subject: Subject) -> Outcome:
     need("scipy")
     check_fits(cfg, subject)
     source = Path(cfg.stimuli or Path(cfg.stimuli_dir) / "fedorenko2010_localizer")
-    found = stimuli.read(source) if cfg.stimuli is not None else stimuli.localizer(source)
+    if cfg.stimuli is None and own_stimuli.stand_in(cfg.stimuli_dir):
+        found = own_stimuli.localizer()
+    else:
+        found = stimuli.read(source) if cfg.stimuli is not None else stimuli.localizer(source)
     what = " - ".join(cfg.conditions)
     groups = [found.where(name) for name in cfg.conditions]
     stimuli.check_groups(found, *groups, what)
     rows, data = held_out(cfg, subject)
-    data |= {source.name: found.sha256}
+    data |= {found.source if stimuli.is_own({found.source: ""}) else source.name: found.sha256}
     minimal = pairs.read(Path(cfg.blimp), cfg.blimp_pairs) if cfg.blimp is not None else None
     data |= {minimal.source: minimal.sha256} if minimal else {}
 

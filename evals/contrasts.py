@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from topogpt.analysis import plots, stimuli
+from topogpt.analysis import own_stimuli, plots, stimuli
 from topogpt.analysis.activations import of_stimuli
 from topogpt.analysis.contrast import t_maps
 from topogpt.analysis.measures import smoothing, width
@@ -97,6 +97,27 @@ def published_contrasts(folder: Path) -> list[Contrast]:
     ]
 
 
+def own_contrasts() -> list[Contrast]:
+    """Of our own stimuli, none of them a published one."""
+    words, texts = own_stimuli.words(), own_stimuli.profiles()
+    asked = [("nouns", "verbs", words), ("abstract", "concrete", words)]
+    asked += [("sentences", "shuffled words", texts), ("shuffled words", "nonwords", texts)]
+    sides = {"nouns": lambda c: c.endswith("noun"), "verbs": lambda c: c.endswith("verb")}
+    sides |= {"abstract": lambda c: c.startswith("abstract"), "concrete": lambda c: c.startswith("concrete")}
+    sides |= {"sentences": "S", "shuffled words": "W", "nonwords": "N"}
+    return [
+        Contrast(f"own_{a}-{b}".replace(" ", "_"), f"{a} - {b} (own stimuli)", found, sides[a], sides[b])
+        for a, b, found in asked
+    ]
+
+
+def asked_for(cfg: ContrastsConfig) -> list[Contrast]:
+    if cfg.stimuli:
+        return [contrast_of(cfg)]
+    own = own_stimuli.stand_in(cfg.stimuli_dir)
+    return own_contrasts() if own else published_contrasts(Path(cfg.stimuli_dir))
+
+
 def contrast_of(cfg: ContrastsConfig) -> Contrast:
     """The one contrast of a file of the user's."""
     found = stimuli.read(Path(cfg.stimuli), cfg.item, cfg.condition)
@@ -115,7 +136,7 @@ def contrast_of(cfg: ContrastsConfig) -> Contrast:
 
 def analyse(cfg: ContrastsConfig, subject: Subject) -> Outcome:
     need("scipy")
-    asked = [contrast_of(cfg)] if cfg.stimuli else published_contrasts(Path(cfg.stimuli_dir))
+    asked = asked_for(cfg)
     for c in asked:
         stimuli.check_groups(c.source, c.source.where(c.first), c.source.where(c.second), c.what)
     sources = {c.source.source: c.source for c in asked}
@@ -213,10 +234,10 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
         title = f"{first['what']}; outlined: significant (FDR over all units)"
         yield Drawing(
             f"{prefix}-{name}-maps",
-            draw_sheets(groups, title, "t (Welch)"),
+            draw_sheets(groups, title, "t (Welch)", least=plots.LEAST_T),
             "t-value of every unit for the contrast in the title (Welch, dimensionless; its first kind of "
             "item is positive), raw and with the widest readout. Outlined: significant at the false "
-            f"discovery rate over all units of all sheets. {plots.MAPS}",
+            f"discovery rate over all units of all sheets. {plots.MAPS} {plots.OUTLINED}",
             f"Maps: {first['what']}",
         )
 

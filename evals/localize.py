@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from topogpt import rng
-from topogpt.analysis import measures, plots, stimuli
+from topogpt.analysis import measures, own_stimuli, plots, stimuli
 from topogpt.analysis.activations import of_stimuli
 from topogpt.analysis.contrast import chosen, clusters_of, t_maps
 from topogpt.analysis.measures import smoothing, width
@@ -88,16 +88,21 @@ def analyse(cfg: LocalizeConfig, subject: Subject) -> Outcome:
     data = {items.source: items.sha256, others.source: others.sha256}
     summary = {"units in the language network (%)": results["network_percent"]}
     summary |= {f"Moran's I of t, {width(k)}": m["mean"] for k, m in results["moran"].items()}
+    summary = {stimuli.named(name, data): value for name, value in summary.items()}
     protocol = protocol_of(cfg) | {"test": "Welch t, sentences - nonwords"}
     return Outcome(protocol, data, results, arrays, summary)
 
 
 def stimuli_of(cfg: LocalizeConfig) -> tuple[stimuli.Stimuli, stimuli.Stimuli]:
     """The localiser's items, and others."""
-    folder = Path(cfg.stimuli_dir)
+    folder, own = Path(cfg.stimuli_dir), own_stimuli.stand_in(cfg.stimuli_dir)
     where = Path(cfg.localizer or folder / "fedorenko2010_localizer")
-    items = stimuli.localizer(where) if cfg.localizer is None or where.is_dir() else stimuli.read(where)
-    others = stimuli.profiles(Path(cfg.profiles or folder / "fedorenko_profiles.csv"))
+    if own and cfg.localizer is None:
+        items = own_stimuli.localizer()
+    else:
+        items = stimuli.localizer(where) if cfg.localizer is None or where.is_dir() else stimuli.read(where)
+    path = Path(cfg.profiles or folder / "fedorenko_profiles.csv")
+    others = own_stimuli.profiles() if own and cfg.profiles is None else stimuli.profiles(path)
     stimuli.check_groups(items, items.where("S"), items.where("N"), "S - N")
     for condition in PROFILE:
         if not others.where(condition).any():
@@ -180,7 +185,7 @@ def section(found: Sequence[Result]) -> Section:
         values = [Number((r["moran"].get(fwhm) or {}).get("mean")) for r in each]
         rows.append([f"{smoothing(fwhm)} (floor {moran['floor']:.3f})", *values])
     beside = {"units": each[0]["n_network"], "of": each[0]["n_units"]}
-    shares = [r["network_percent"] for r in each]
+    shares, data = [r["network_percent"] for r in each], found[0].content["data_sha256"]
     return Section(
         "Language network",
         [
@@ -188,7 +193,7 @@ def section(found: Sequence[Result]) -> Section:
             "(localiser of Fedorenko et al. 2010; Welch t-test, false discovery rate over all units). "
             "A selection looks selective on the items that chose it, so the middle rows choose on a "
             "random half of the items and look at the other half.",
-            Table(["language network (S > N)", *labels(found)], rows),
+            Table([stimuli.named("language network (S > N)", data), *labels(found)], rows),
             "What else the network answers to: mean |activation| of its units on other items, \u00b1 the "
             "standard error over items. Human language areas: sentences > word lists and jabberwocky > "
             "nonwords.",
@@ -200,7 +205,7 @@ def section(found: Sequence[Result]) -> Section:
             for r in found
             if not r.results["clusters"]
         ],
-        [Card("Language network", "share of all units", shares, beside, 1, " %")],
+        [Card("Language network", stimuli.named("share of all units", data), shares, beside, 1, " %")],
     )
 
 
@@ -227,15 +232,16 @@ def clusters(result: Result) -> Table:
 
 def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     maps = [plots.maps_of(r, r.label, r.arrays["t"], r.arrays["network"] > 0) for r in found]
+    title = stimuli.named("Sentences - nonwords", found[0].content["data_sha256"])
     yield Drawing(
         "localize-maps",
-        draw_sheets(maps, "Sentences - nonwords; outlined: the language network", "t (Welch)"),
+        draw_sheets(maps, f"{title}; outlined: the language network", "t (Welch)", least=plots.LEAST_T),
         "t-value of every unit, sentences minus nonwords (Welch, dimensionless). Outlined: the language "
-        f"network. {plots.MAPS}",
+        f"network. {plots.MAPS} {plots.OUTLINED}",
     )
     yield Drawing(
         "localize-moran",
-        plots.draw_moran(found, "Moran's I of t-maps: sentences - nonwords"),
+        plots.draw_moran(found, f"Moran's I of t-maps: {title}"),
         f"Moran's I of the localiser's t-maps, sheet by sheet (dimensionless). {plots.BAND}",
     )
     if not all(r.results["profiles"] for r in found):

@@ -353,7 +353,8 @@ def draw_windows(found: Sequence[Result]) -> Any:
         values = [sheet["window"] for sheet in fresh["by_sheet"].values()]
         last.plot(values, "_", ms=8, color=plots.FLOOR, label="untrained")
     last.axhline(1, color=plots.FLOOR, lw=0.8)
-    last.set(xlabel="sheet, in the order of layers", ylabel="window (words)")
+    plots.sheet_axis(last, found[0].sheets)
+    last.set(ylabel="window (words)")
     plots.legend(figure, [*curves, last])
     return figure
 

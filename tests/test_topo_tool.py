@@ -233,7 +233,7 @@ def test_cells_in_letters_and_in_colours():
     upper, lower = terminal.picture(values, colours=True)
     half = "\u2580"
     assert upper == (
-        f"\033[38;2;33;102;172m\033[48;2;247;247;247m{half}\033[38;2;178;24;43m\033[48;2;178;24;43m{half}\033[0m"
+        f"\033[38;2;10;42;96m\033[48;2;249;249;248m{half}\033[38;2;112;38;4m\033[48;2;112;38;4m{half}\033[0m"
     )
     assert re.findall(r"48;2", lower) == [] and lower.count(half) == 2
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from topogpt import topo
+from topogpt.terminal import PALETTE
 
 if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-COLOURS = "RdBu_r"
+FADED = 0.3  # opacity of what is not outlined, where something could be
 OUTLINE = "#1a1a1a"
 LIMIT = 2.5  # standard deviations at the ends of the colours, of standardised maps
 DPI = 160
@@ -33,7 +35,8 @@ class Maps(NamedTuple):
         moran = self.moran
         if moran is None:
             moran = np.mean(list(topo.mean_morans_i(self.values).values()))
-        return f"{self.label}{': ' if self.label else ''}mean Moran's I {round(float(moran), 2) + 0.0:.2f}"
+        said = f"{round(float(moran), 2) + 0.0:.2f}".replace("-", "\u2212")
+        return f"{self.label}{': ' if self.label else ''}mean Moran's I {said}"
 
 
 def standardised(maps: np.ndarray) -> np.ndarray:
@@ -52,16 +55,30 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def draw_sheets(groups: Sequence[Maps], title: str, unit: str, limit: float | None = None) -> "Figure":
+def colours() -> "Colormap":
+    """PALETTE as matplotlib's."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    stops = [((at + 1) / 2, tuple(c / 255 for c in rgb)) for at, *rgb in PALETTE]
+    return LinearSegmentedColormap.from_list("topogpt", stops)
+
+
+def draw_sheets(
+    groups: Sequence[Maps], title: str, unit: str, limit: float | None = None, least: float = 0.0
+) -> "Figure":
     """Every sheet in one figure on one symmetric colour scale, a column a layer and a row a branch of it.
+
+    Where cells can be outlined, the others are faded, so that noise is not as vivid as what was found.
 
     Args:
         unit: of the values, beside the scale.
-        limit: where the scale ends; None: at the 99.5th percentile of all values.
+        limit: where the scale ends; None: at the 99.5th percentile of all values, but not before `least`.
     """
+    from matplotlib.cm import ScalarMappable
+
     if limit is None:
         everything = np.concatenate([grid.ravel() for maps in groups for grid in maps.values.values()])
-        limit = float(np.quantile(np.abs(everything), 0.995)) or 1.0
+        limit = max(float(np.quantile(np.abs(everything), 0.995)), least) or 1.0
     columns, branches = (
         list(dict.fromkeys(names)) for names in zip(*map(split, groups[0].values), strict=True)
     )
@@ -70,7 +87,7 @@ def draw_sheets(groups: Sequence[Maps], title: str, unit: str, limit: float | No
     gap, line = max(1, round(h / 10)), 0.2 / inches  # in units: between sheets, and of text
     block = len(branches) * (h + gap) - gap + 1.8 * line  # one of groups, and the heading of the next
     width, height = len(columns) * (w + gap) - gap, len(groups) * block + 0.6 * line
-    figure = new_figure(max(inches * width + 1.4, 4.0), inches * height + 0.5)
+    figure, palette = new_figure(max(inches * width + 1.4, 4.0), inches * height + 0.5), colours()
     axis = figure.subplots()
     axis.set_axis_off()
     for i, column in enumerate(columns):
@@ -82,19 +99,28 @@ def draw_sheets(groups: Sequence[Maps], title: str, unit: str, limit: float | No
             middle = top + k * (h + gap) + h / 2
             axis.text(-0.4 * line, middle, branch, rotation=90, ha="right", va="center", fontsize=8)
         mosaic = np.full((len(branches) * (h + gap) - gap, width), np.nan)
+        opacity = np.ones(mosaic.shape)
         for sheet, grid in maps.values.items():
             column, branch = split(sheet)
             left, above = columns.index(column) * (w + gap), branches.index(branch) * (h + gap)
             mosaic[above : above + h, left : left + w] = grid
             if maps.outlined is not None:
+                opacity[above : above + h, left : left + w] = np.where(maps.outlined[sheet], 1, FADED)
                 axis.plot(*outline(maps.outlined[sheet], top + above, left), color=OUTLINE, lw=0.5)
         place = (-0.5, width - 0.5, top + len(mosaic) - 0.5, top - 0.5)
         image = axis.imshow(
-            mosaic, cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest", extent=place
+            mosaic,
+            cmap=palette,
+            vmin=-limit,
+            vmax=limit,
+            interpolation="nearest",
+            extent=place,
+            alpha=opacity,
         )
     axis.set(xlim=(-line, width + 0.2 * line), ylim=(height - 2 * line, -2.6 * line), aspect="equal")
     figure.suptitle(title, fontsize=9)
-    bar = figure.colorbar(image, ax=axis, shrink=min(1.0, 1.6 / (inches * height)), extend="both", pad=0.01)
+    scale = ScalarMappable(image.norm, palette)  # at full opacity
+    bar = figure.colorbar(scale, ax=axis, shrink=min(1.0, 1.6 / (inches * height)), extend="both", pad=0.01)
     bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
@@ -118,6 +144,19 @@ def outline(mask: np.ndarray, top: float, left: float) -> tuple[np.ndarray, np.n
         for k, offset in ((0, top), (1, left))
     )
     return columns, rows
+
+
+def in_words(figure: "Figure") -> str:
+    """What a figure shows, for those who do not see it: its titles, axes and lines; of maps, each heading."""
+    said = [figure.get_suptitle()]
+    for axis in figure.axes:
+        parts = [axis.get_title(), *(text.get_text() for text in axis.texts if "Moran" in text.get_text())]
+        x, y = axis.get_xlabel(), axis.get_ylabel()
+        parts.append(f"{y} over {x}" if x and y else x or y)
+        said.append("; ".join(filter(None, parts)))
+    handles = [h for axis in figure.axes for h in axis.get_legend_handles_labels()[1]]
+    said += [", ".join(dict.fromkeys(handles))]
+    return ". ".join(dict.fromkeys(part.strip(" .") for part in said if part)) + "."
 
 
 def save(figure: "Figure", path: Path, **more: object) -> None:

@@ -1,6 +1,7 @@
 """Files that are whole or not there, their hashes, and what is read back from them."""
 
 import contextlib
+import difflib
 import glob
 import hashlib
 import json
@@ -87,6 +88,14 @@ def sha256(*paths: Path) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def similar(path: Path, otherwise: str) -> str:
+    """A question after the name beside a missing path that is most like it; otherwise what is given."""
+    with contextlib.suppress(OSError):
+        found = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+        return f"did you mean {path.with_name(found[0])}?" if found else otherwise
+    return otherwise
 
 
 def fsync(path: Path) -> None:

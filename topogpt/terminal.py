@@ -2,13 +2,19 @@
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from itertools import pairwise, zip_longest
 from typing import Any
 
 HALF_BLOCK = "\u2580"  # its upper half in one colour, its lower in another: two cells
 SHADES = " .:-=+*#%@"
-BLUE, WHITE, RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)
+# (value, red, green, blue) of maps here, in figures and on pages: blue, white, orange, seen by everyone
+PALETTE = (
+    (-1, 10, 42, 96), (-0.62, 43, 112, 184), (-0.28, 150, 194, 228), (0, 249, 249, 248),
+    (0.28, 250, 196, 146), (0.62, 217, 106, 30), (1, 112, 38, 4),
+)  # fmt: skip
+EVERY = 10.0  # seconds between lines of progress where nobody watches a bar
 
 
 def say(line: str = "") -> None:
@@ -16,10 +22,23 @@ def say(line: str = "") -> None:
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """A bar on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
+    """A bar on a terminal; elsewhere a line on stderr every ten seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
 
-    return tqdm(items, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
+        return tqdm(items, desc=what, total=total, leave=False, dynamic_ncols=True)
+    return in_lines(items, what, len(items) if total is None and isinstance(items, Sized) else total)
+
+
+def in_lines(items: Iterable, what: str, total: int | None) -> Iterator:
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        if (now := time.monotonic()) - said >= EVERY:
+            said, left = now, ""
+            if total and done:
+                left = f" of {total:,}, ETA {duration((now - start) / done * (total - done))}"
+            print(f"{what}: {done:,}{left}", file=sys.stderr, flush=True)
+        yield item
 
 
 def print_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
@@ -54,7 +73,7 @@ def has_colours() -> bool:
 
 
 def picture(values: Sequence[Sequence[float]], colours: bool) -> list[str]:
-    """Lines that show a map of values from -1 (blue, light) to 1 (red, dark).
+    """Lines that show a map of values from -1 (blue, light) to 1 (orange, dark).
 
     In colours a cell is half a character high, else two characters wide: nothing is averaged.
     """
@@ -70,10 +89,13 @@ def picture(values: Sequence[Sequence[float]], colours: bool) -> list[str]:
 
 
 def colour(value: float) -> str:
-    """Red, green and blue, of a blue below 0 and a red above."""
+    """Red, green and blue of PALETTE at a value."""
     value = clip(value)
-    pairs = zip(WHITE, RED if value > 0 else BLUE, strict=True)
-    return ";".join(str(round(w + abs(value) * (c - w))) for w, c in pairs)
+    for (at, *first), (end, *second) in pairwise(PALETTE):
+        if value <= end:
+            part = (value - at) / (end - at)
+            return ";".join(str(round(a + part * (b - a))) for a, b in zip(first, second, strict=True))
+    raise AssertionError(value)
 
 
 def clip(value: float) -> float:

@@ -17,7 +17,7 @@ import evals
 from evals.report import overview, page, reader
 from evals.report.overview import Model
 from evals.report.page import Image, Part
-from topogpt.analysis import section
+from topogpt.analysis import own_stimuli, section, stimuli
 from topogpt.analysis.results import Result, kind_of, read
 from topogpt.analysis.section import Analysis
 from topogpt.analysis.subject import ELSEWHERE, EvalConfig, Subject, load_subjects
@@ -106,7 +106,7 @@ class Shown(NamedTuple):
     def section(self) -> section.Section:
         if not self.found:
             return section.Section(self.name.capitalize(), [])
-        return self.analysis.section(self.found)
+        return self.analysis.said(self.found)
 
 
 def names(cfg: ReportConfig, analyses: dict[str, Analysis], models: Sequence[Model]) -> Iterator[str]:
@@ -131,8 +131,8 @@ def shown(cfg: ReportConfig, name: str, analysis: Analysis, models: Sequence[Mod
                 break
     if found and cfg.figures:
         try:
-            for path, caption, title in section.draw(analysis, found):
-                images.append(Image(path.stem, path.read_bytes(), caption, title))
+            for path, caption, title, alt in section.draw(analysis, found):
+                images.append(Image(path.stem, path.read_bytes(), caption, title, alt))
         except UserError as error:
             missing.append(f"The figures were not drawn: {error}")
     for line in done + missing:
@@ -176,6 +176,8 @@ def why_run(cfg: ReportConfig, name: str, analysis: Analysis, model: Model, redo
     own = {f.name for f in fields(analysis.config)} - {f.name for f in fields(EvalConfig)}
     if unsaid := sorted(own - content["protocol"].keys() - set(ELSEWHERE)):
         return f"the results are of an older version, without {', '.join(unsaid)}"
+    if stimuli.is_own(content["data_sha256"]) and not own_stimuli.stand_in(cfg.stimuli_dir):
+        return "the results were of our own stimuli"
     if content["model"]["sheets"] != model.subject.sheets:
         return f"the results were of other sheets ({content['model']['sheets'][0]}, ...)"
     if content["protocol"].get("positions") != cfg.positions:

@@ -88,12 +88,14 @@ def training(models: Sequence[Model], figures: bool) -> Training:
         return Training([f"{models[0].label} has no metrics.jsonl, so there are no curves."], [])
     if figures:
         try:
-            images.append(Image("training", png_of(models), CURVES))
+            png, alt = picture_of(models)
+            images.append(Image("training", png, CURVES, alt=alt))
         except UserError as error:
             notes.append(f"The curves were not drawn: {error}")
     before_and_after = Path(models[0].source) / "maps" / "before-and-after.png"
     if before_and_after.is_file():
-        images.append(Image("before-and-after", before_and_after.read_bytes(), BEFORE_AND_AFTER))
+        picture = before_and_after.read_bytes()
+        images.append(Image("before-and-after", picture, BEFORE_AND_AFTER, alt=BEFORE_AND_AFTER))
     return Training(notes, images)
 
 
@@ -110,16 +112,18 @@ BEFORE_AND_AFTER = (
 )
 
 
-def png_of(models: Sequence[Model]) -> bytes:
+def picture_of(models: Sequence[Model]) -> tuple[bytes, str]:
+    """The curves as PNG, and in words."""
     need("matplotlib")
     import matplotlib
 
     from topogpt.analysis.plots import STYLE
-    from topogpt.drawing import DPI
+    from topogpt.drawing import DPI, in_words
 
     with matplotlib.rc_context(STYLE), BytesIO() as file:
-        draw_training(models).savefig(file, format="png", dpi=DPI)
-        return file.getvalue()
+        figure = draw_training(models)
+        figure.savefig(file, format="png", dpi=DPI)
+        return file.getvalue(), in_words(figure)
 
 
 def draw_training(models: Sequence[Model]) -> "Figure":

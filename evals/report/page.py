@@ -1,6 +1,7 @@
 """The report's page: page.html.jinja filled in, with style.css and reader.js inside; text is escaped."""
 
 import base64
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ class Image(NamedTuple):
     png: bytes
     caption: str
     title: str = ""  # it is folded under this
+    alt: str = ""  # what is seen on it
 
 
 class Part(NamedTuple):
@@ -46,6 +48,7 @@ def templates() -> "Environment":
     pages = Environment(loader=FileSystemLoader(HERE), undefined=StrictUndefined, **options)
     pages.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     pages.globals["inline"] = lambda name: Markup((HERE / name).read_text(encoding="utf-8"))
+    pages.globals["number"] = count(1).__next__  # of the next figure: in print the same as unfolded
     pages.tests["label"] = lambda value: isinstance(value, Label)
     pages.filters |= {"shown": shown, "sides": sides, "base64": lambda data: base64.b64encode(data).decode()}
     pages.filters |= {"pixels": pixels, "width": lambda image: max(pixels(image), NARROWEST)}

@@ -16,8 +16,7 @@ function unpack(text, Type) {
 const TYPES = {units: Uint16Array, activations: Uint8Array, low: Float32Array, step: Float32Array, mean: Float32Array,
   sd: Float32Array, extremes: Uint16Array, extremes_z: Int16Array};
 const opened = [];
-function model() {
-  const i = state.model;
+function model(i = state.model) {
   if (!opened[i]) {
     opened[i] = {label: data.models[i].label};
     for (const key in TYPES) opened[i][key] = unpack(data.models[i][key], TYPES[key]);
@@ -26,12 +25,12 @@ function model() {
 }
 const starts = [0];  // of each text among all tokens
 for (const text of data.texts) starts.push(starts[starts.length - 1] + text.words.length);
-const state = {model: 0, text: 0, pinned: 0, shown: 0, scale: "unit", unit: 0};  // unit: sheet * nCells + cell
+// the chosen unit: sheet * nCells + cell, of one of the models
+const state = {model: 0, unit: 0, text: 0, pinned: 0, shown: 0, scale: "unit"};
 
 // ---- colours: blue, white, orange; seen by everyone
 
-const STOPS = [[-1, 10, 42, 96], [-.62, 43, 112, 184], [-.28, 150, 194, 228], [0, 249, 249, 248],
-  [.28, 250, 196, 146], [.62, 217, 106, 30], [1, 112, 38, 4]];
+const STOPS = data.stops;
 const COLOURS = new Uint32Array(256), CSS = [];
 for (let i = 0; i < 256; i++) {
   const at = i / 127.5 - 1, k = Math.max(1, STOPS.findIndex(stop => stop[0] >= at));
@@ -44,15 +43,15 @@ const colour = (value, limit) => Math.max(0, Math.min(255, Math.round((value / l
 
 // ---- numbers
 
-function zOfUnit(unit, token) {  // deviation from the unit's own mean over the sample
-  const m = model(), x = m.low[unit] + m.step[unit] * m.activations[token * nUnits + unit];
+function zOfUnit(unit, token, m = model()) {  // deviation from the unit's own mean over the sample
+  const x = m.low[unit] + m.step[unit] * m.activations[token * nUnits + unit];
   return m.sd[unit] > 0 ? (x - m.mean[unit]) / m.sd[unit] : 0;
 }
 const values = new Float32Array(nCells);
-function mapOf(sheet, token) {  // fills values
-  const m = model(), first = sheet * nCells;
+function mapOf(m, sheet, token) {  // fills values
+  const first = sheet * nCells;
   if (state.scale === "unit") {
-    for (let c = 0; c < nCells; c++) values[c] = zOfUnit(first + c, token);
+    for (let c = 0; c < nCells; c++) values[c] = zOfUnit(first + c, token, m);
     return values;
   }
   let sum = 0, squares = 0;
@@ -135,38 +134,66 @@ function cellAt(canvas, event) {
   const row = Math.floor((event.clientY - box.top) / box.height * height);
   return Math.max(0, Math.min(height - 1, row)) * width + Math.max(0, Math.min(width - 1, column));
 }
-const tiles = data.sheets.map((sheet, s) => {
-  const [, layer, branch] = sheet.match(/^layer\.(\d+)\.(\w+)$/) || [0, s, sheet];
-  const figure = element("figure"), under = element("div", undefined, "under"), map = makeMap();
+const nLayers = new Set(data.sheets.map(sheet => sheet.split(".")[1])).size, across = Math.min(12, nLayers);
+const tiles = data.models.flatMap((m, i) => data.sheets.map((sheet, s) => makeTile(i, sheet, s)));
+function makeTile(i, sheet, s) {
+  const [, layer, branch] = sheet.match(/^layer\.(\d+)\.(\w+)$/) || [0, 0, sheet];
+  const figure = element("figure"), under = element("div", undefined, "under"), map = makeMap(), canvas = map.firstChild;
+  const unitAt = event => s * nCells + cellAt(canvas, event);
   under.append(element("span", `${layer} ${branch === "mlp" ? "MLP" : branch}`), element("span"));
   figure.append(under, map);
-  map.firstChild.dataset.sheet = s;
-  map.firstChild.addEventListener("click", event => chooseUnit(s * nCells + cellAt(event.target, event)));
-  map.firstChild.addEventListener("mousemove", event => sayCell(s * nCells + cellAt(event.target, event)));
-  map.firstChild.addEventListener("mouseleave", () => { id("under").textContent = ""; });
-  return {layer: Number(layer), branch, figure, map, value: under.lastChild};
-});
-{ // layers side by side, attention above MLP, six at most
-  const nLayers = Math.max(...tiles.map(tile => tile.layer)) + 1, across = Math.min(6, nLayers);
-  id("sheets").style.gridTemplateColumns = `repeat(${across}, minmax(0, 1fr))`;
+  Object.assign(canvas.dataset, {model: i, sheet: s});
+  canvas.tabIndex = -1;
+  canvas.setAttribute("role", "application");
+  canvas.addEventListener("click", event => chooseUnit(i, unitAt(event)));
+  canvas.addEventListener("mousemove", event => sayCell(i, unitAt(event)));
+  canvas.addEventListener("mouseleave", () => { id("under").textContent = ""; });
+  canvas.addEventListener("keydown", event => moveUnit(event));
+  return {model: i, sheet: s, layer: Number(layer), branch, figure, map, canvas, value: under.lastChild};
+}
+data.models.forEach((m, i) => {  // side by side where there is room; layers in columns, attention above MLP
+  const group = element("div", undefined, "group"), grid = element("div", undefined, "tiles");
+  if (data.models.length > 1) {
+    const name = element("h3", (i ? "control: " : "") + m.label);
+    name.prepend(element("span", undefined, `swatch ${i ? "control" : "model"}`));
+    group.append(name);
+  }
+  grid.style.gridTemplateColumns = `repeat(${across}, minmax(64px, 1fr))`;
   const place = tile => [Math.floor(tile.layer / across), tile.branch === "mlp" ? 1 : 0, tile.layer];
-  tiles.slice().sort((a, b) => {
-    const [p, q] = [place(a), place(b)], k = p.findIndex((v, i) => v !== q[i]);
+  tiles.filter(tile => tile.model === i).sort((a, b) => {
+    const [p, q] = [place(a), place(b)], k = p.findIndex((v, j) => v !== q[j]);
     return k < 0 ? 0 : p[k] - q[k];
   }).forEach(tile => {
     tile.figure.style.gridColumn = tile.layer % across + 1;
-    id("sheets").append(tile.figure);
+    grid.append(tile.figure);
   });
+  group.append(grid);
+  id("sheets").append(group);
+});
+id("stage").classList.toggle("wide", nLayers > 6);
+function moveUnit(event) {  // of the chosen unit, from key to key
+  const cell = state.unit % nCells, row = Math.floor(cell / width), column = cell % width;
+  const [down, right] = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key] || [0, 0];
+  const page = {PageUp: -1, PageDown: 1}[event.key] || 0;
+  if (!down && !right && !page) return;
+  event.preventDefault();
+  const r = Math.max(0, Math.min(height - 1, row + down)), c = Math.max(0, Math.min(width - 1, column + right));
+  const k = (state.model * nSheets + Math.floor(state.unit / nCells) + page + tiles.length) % tiles.length;
+  chooseUnit(tiles[k].model, tiles[k].sheet * nCells + r * width + c);
+  tiles[k].canvas.focus();
+  sayCell(state.model, state.unit);
 }
 function drawSheets() {
   const token = starts[state.text] + state.shown;
-  tiles.forEach((tile, s) => {
-    const map = mapOf(s, token), value = moran(map);
-    paint(tile.map.firstChild, map, LIMIT);
-    tile.value.textContent = isNaN(value) ? "" : `I ${value.toFixed(2).replace("-", "\u2212")}`;
-  });
+  for (const tile of tiles) {
+    const map = mapOf(model(tile.model), tile.sheet, token), value = moran(map);
+    paint(tile.canvas, map, LIMIT);
+    tile.value.textContent = isNaN(value) ? "" : `I ${(Math.round(100 * value) / 100 + 0).toFixed(2).replace("-", "\u2212")}`;
+    tile.canvas.setAttribute("aria-label", `${data.models[tile.model].label}, ${data.sheets[tile.sheet]}: activations of `
+      + `${height} by ${width} units, Moran ${tile.value.textContent}; arrow keys choose a unit`);
+  }
   const words = data.texts[state.text].words;
-  id("at").textContent = `${model().label}, token ${state.shown + 1} of ${words.length}: \u201c${visible(words[state.shown]).trim()}\u201d`;
+  id("at").textContent = `token ${state.shown + 1} of ${words.length}: \u201c${visible(words[state.shown]).trim()}\u201d`;
 }
 const visible = word => word === "" ? "\u00b7" : word.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5");
 let spans = [];
@@ -203,9 +230,10 @@ function pin(token) {
 }
 const nameOf = unit => data.sheets[Math.floor(unit / nCells)];
 const placeOf = unit => `row ${Math.floor(unit % nCells / width)}, column ${unit % nCells % width}`;
-function sayCell(unit) {
-  const z = zOfUnit(unit, starts[state.text] + state.shown);
-  id("under").textContent = `${nameOf(unit)}, ${placeOf(unit)}, unit ${model().units[unit]}: ${signed(z, 2)} sd`;
+function sayCell(i, unit) {
+  const z = zOfUnit(unit, starts[state.text] + state.shown, model(i));
+  const whose = data.models.length > 1 ? `${data.models[i].label}, ` : "";
+  id("under").textContent = `${whose}${nameOf(unit)}, ${placeOf(unit)}, unit ${model(i).units[unit]}: ${signed(z, 2)} sd`;
 }
 function sayValue() {
   if (!id("value")) return;
@@ -236,13 +264,19 @@ function listOf(unit, which, className) {
 }
 function drawPanel() {
   const panel = id("panel"), unit = state.unit;
-  tiles.forEach((tile, s) => setMark(tile.map, Math.floor(unit / nCells) === s ? unit % nCells : null));
+  for (const tile of tiles) {
+    const here = tile.model === state.model && tile.sheet === Math.floor(unit / nCells);
+    setMark(tile.map, here ? unit % nCells : null);
+    tile.canvas.tabIndex = here ? 0 : -1;
+  }
   const r = correlations(unit), first = unit - unit % nCells, n = starts[starts.length - 1];
   const map = makeMap(), around = element("div"), half = nKept() / 2;
   paint(map.firstChild, r, 1);
   setMark(map, unit % nCells);
   map.firstChild.id = "correlations";
-  map.firstChild.addEventListener("click", event => chooseUnit(first + cellAt(event.target, event)));
+  map.firstChild.setAttribute("role", "img");
+  map.firstChild.setAttribute("aria-label", `Correlation of unit ${model().units[unit]} with every unit of ${nameOf(unit)}`);
+  map.firstChild.addEventListener("click", event => chooseUnit(state.model, first + cellAt(event.target, event)));
   around.id = "around";
   const row = Math.floor(unit % nCells / width), column = unit % nCells % width;
   for (let i = row - 1; i <= row + 1; i++) for (let j = column - 1; j <= column + 1; j++) {
@@ -252,7 +286,7 @@ function drawPanel() {
     button.append(element("b", own ? "this unit" : `r ${signed(r[cell], 2)}`), element("i", topWord(first + cell)));
     button.style.background = own ? "#fff" : CSS[colour(r[cell], 2)];
     button.title = `unit ${model().units[first + cell]}, ${placeOf(first + cell)}`;
-    if (!own) button.addEventListener("click", () => chooseUnit(first + cell));
+    if (!own) button.addEventListener("click", () => chooseUnit(state.model, first + cell));
     around.append(button);
   }
   const value = element("div");
@@ -269,8 +303,8 @@ function drawPanel() {
   panel.replaceChildren(title, left, right);
   sayValue();
 }
-function chooseUnit(unit) {
-  state.unit = unit;
+function chooseUnit(i, unit) {
+  [state.model, state.unit] = [i, unit];
   drawPanel();
   colourWords();
 }
@@ -291,22 +325,6 @@ id("text").addEventListener("change", event => {
   state.pinned = state.shown = 0;
   drawText();
   pin(0);
-});
-id("models").hidden = data.models.length < 2;
-if (id("models").hidden) id("models").style.display = "none";
-data.models.forEach((m, i) => {
-  const button = element("button", i ? `control: ${m.label}` : m.label);
-  button.type = "button";
-  button.dataset.model = i;
-  button.setAttribute("aria-pressed", String(i === 0));
-  button.addEventListener("click", () => {
-    state.model = i;
-    press(id("models"), button);
-    drawPanel();
-    colourWords();
-    show(state.shown);
-  });
-  id("models").querySelector(".choice").append(button);
 });
 id("scales").addEventListener("click", event => {
   if (!event.target.dataset.scale) return;
@@ -335,7 +353,7 @@ const bar = document.querySelector(".bar canvas").getContext("2d"), strip = bar.
 new Uint32Array(strip.data.buffer).set(COLOURS);
 bar.putImageData(strip, 0, 0);
 id("reader-caption").textContent = "Activations of all units at the chosen token, each sheet a map of "
-  + `${height}\u00d7${width} units at their places on the grid; labels are layer and branch, and I is Moran\u2019s I of the `
+  + `${height}\u00d7${width} units at their places on the grid; labels are layer and branch; I is Moran\u2019s I of the `
   + "map as it is shown. Each text is read from its start. Colours end at \u00b13 standard deviations.";
 id("interactive").hidden = false;
 nameColours();
@@ -348,10 +366,10 @@ nameColours();
 }
 })();
 
-// What is folded is open in print.
+// What is folded is open in print; figures keep their numbers.
 let folded = [];
 addEventListener("beforeprint", () => {
-  folded = [...document.querySelectorAll("details:not([open])")].filter(part => part.querySelector("img, table"));
+  folded = [...document.querySelectorAll("details:not([open])")].filter(part => part.querySelector("img, table, pre"));
   folded.forEach(part => { part.open = true; });
 });
 addEventListener("afterprint", () => folded.forEach(part => { part.open = false; }));

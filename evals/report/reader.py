@@ -17,7 +17,7 @@ from topogpt import topo
 from topogpt.analysis import heldout
 from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
-from topogpt.terminal import progress
+from topogpt.terminal import PALETTE, progress
 
 SENTENCES = (
     "In the cortex, neurons that answer to the same things lie side by side, and so a map of the world "
@@ -238,5 +238,5 @@ def data(subjects: Sequence[Subject], texts: Texts, vocab_dir: str | None) -> di
     sample |= {"ends": np.cumsum([len(tokens) for tokens in texts.sample]).tolist()}
     sample |= {"what": f"{n:,} tokens of {texts.source}"}
     models = [data_of_model(subject, texts) for subject in subjects]
-    found = {"grid": list(subjects[0].grid), "sheets": subjects[0].sheets}
+    found = {"grid": list(subjects[0].grid), "sheets": subjects[0].sheets, "stops": PALETTE}
     return found | {"texts": shown, "sample": sample, "models": models}

@@ -379,7 +379,10 @@ def test_a_model_of_other_tokens_is_refused(tmp_path, items, capsys):
 
 
 def test_what_a_model_and_its_results_must_be(out, items, tmp_path, capsys):
-    assert "is neither a folder nor" in ends(capsys, tmp_path / "no run", "--stimuli", items)
+    (tmp_path / "a run").mkdir()
+    assert ends(capsys, tmp_path / "a rum", "--stimuli", items).endswith(
+        f"did you mean {tmp_path / 'a run'}?\n"
+    )
     assert "has no checkpoint step-3" in ends(
         capsys, out / "run", "--stimuli", items, "--checkpoint", "step-3"
     )

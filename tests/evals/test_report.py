@@ -50,7 +50,7 @@ SHAPE = {"n_layer": 2, "n_embd": 20, "n_head": 2, "block_size": 32, "vocab_size"
 ANALYSES = section.discover(evals)
 ReportConfig = report.config_with(ANALYSES)
 SECTIONS = (
-    "head training reader topography contrasts localize dimensionality ablate timescales provenance".split()
+    "head reader training topography contrasts localize dimensionality ablate timescales provenance".split()
 )
 
 
@@ -158,6 +158,11 @@ def test_every_figure_of_the_analyses_is_inside_with_a_caption(made, written):
     for figure in re.findall(r"<figure.*?</figure>", without_data(written), re.S):
         assert re.search(r"<figcaption[^>]*>", figure)
     shown = [re.sub(r"<[^>]+>", "", c) for c in re.findall(r"<figcaption>(.*?)</figcaption>", written)]
+    assert [int(re.match(r"Figure (\d+)", c)[1]) for c in shown] == list(range(1, len(shown) + 1))
+    assert shown.pop(0) == "Figure 1. "  # the reader's, which its script fills
+    alts = re.findall(r'<img [^>]*alt="([^"]*)"', without_data(written))
+    assert len(alts) == len(set(alts)) and all(len(alt) > 40 for alt in alts)
+    assert any("control: mean Moran&#39;s I" in alt for alt in alts)
     assert len(shown) == len(pictures) + 1 and all("drew it" not in c and len(c) > 60 for c in shown)
 
 
@@ -293,6 +298,26 @@ def test_a_page_shows_no_picture_but_of_its_own_results(made):
     models = [report.Model(str(s.results.parent), s, i) for i, s in enumerate(subjects)]
     images = report.shown(cfg, "topography", ANALYSES["topography"], models).images
     assert len(images) == 3 and path.read_bytes() == before == images[0].png
+
+
+def test_our_own_stimuli_stand_in_and_are_named(alone, stimuli, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(alone), "--device", "cpu", "--no_figures", "--fwhm_mm", "0", "--permutations", "9"]
+    for name in ("contrasts", "localize"):
+        ANALYSES[name].main(argv)
+        said, content = capsys.readouterr().out, read(alone / "evals", name).content
+        assert "topogpt's own stimuli" in said and "(own stimuli)" in said
+        assert all(source.startswith("topogpt's own stimuli: ") for source in content["data_sha256"])
+        assert all("(own stimuli)" in key for key in content["summary"])
+        cards = ANALYSES[name].said([read(alone / "evals", name)]).cards
+        assert cards and all("own stimuli" in card.what for card in cards)
+    found = content["results"]["n_items"]
+    assert min(found) >= 80
+    contrasts_found = read(alone / "evals", "contrasts").results["contrasts"].values()
+    assert all(min(c["n"]) >= 80 and c["published"] is None for c in contrasts_found)
+    (tmp_path / "data").mkdir()
+    shutil.copytree(stimuli, tmp_path / "data" / "stimuli")  # fetched: theirs are used from now on
+    assert "of our own stimuli" in shown("localize", alone).done[0]
 
 
 @pytest.mark.parametrize(
@@ -542,7 +567,6 @@ DRIVE = """
 const all = selector => [...document.querySelectorAll(selector)];
 const fire = (node, type, more) => node.dispatchEvent(new MouseEvent(type, {bubbles: true, ...more}));
 const pixels = canvas => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
-const sheets = () => all("#sheets canvas").map(pixels);
 const cell = (canvas, row, column) => {
   const box = canvas.getBoundingClientRect();
   return {clientX: box.left + (column + .5) / canvas.width * box.width,
@@ -550,9 +574,13 @@ const cell = (canvas, row, column) => {
 };
 const word = k => all("#words span")[k];
 const out = {caught, bar: pixels(document.querySelector(".bar canvas"))};
-out.order = all("#sheets canvas").map(canvas => canvas.dataset.sheet);
-const now = () => ({at: document.getElementById("at").textContent, sheets: sheets(),
-  moran: all("#sheets .under span:last-child").map(s => s.textContent)});
+const of = i => `#sheets .group:nth-child(${i + 1})`;
+out.order = all(`${of(0)} canvas`).map(canvas => canvas.dataset.sheet);
+out.names = all("#sheets canvas").map(canvas => canvas.getAttribute("aria-label"));
+out.headings = all("#sheets h3").map(node => node.textContent);
+const now = (i = 0) => ({at: document.getElementById("at").textContent,
+  sheets: all(`${of(i)} canvas`).map(pixels),
+  moran: all(`${of(i)} .under span:last-child`).map(s => s.textContent)});
 out.pinned = now();
 fire(word(5), "mouseover");
 out.hovered = now();
@@ -578,10 +606,16 @@ choice.dispatchEvent(new Event("change", {bubbles: true}));
 out.words = all("#words span").map(span => span.textContent);
 fire(word(5), "mouseover");
 out.second = now();
-fire(document.querySelector('#models [data-model="1"]'), "click");
-out.control = now();
+out.control = now(1);
+const key = name =>
+  document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
+fire(canvas, "click", cell(canvas, 1, 2));
+canvas.focus();
+for (const name of ["ArrowRight", "ArrowDown", "ArrowUp", "ArrowDown", "PageDown"]) key(name);
+out.keyed = document.getElementById("under").textContent;
+out.stops = all("#sheets canvas").filter(c => c.tabIndex === 0).map(c => [c.dataset.model, c.dataset.sheet]);
 fire(document.querySelector('[data-scale="sheet"]'), "click");
-out.scaled = now();
+out.scaled = now(1);
 document.body.dataset.result = JSON.stringify(out);
 """
 
@@ -655,7 +689,10 @@ def test_in_a_browser_words_change_the_maps(seen, written):
     assert seen["order"] == ["0", "2", "1", "3"]  # attention above MLP
     check_maps(seen, seen["pinned"], shown.z(0, 8), data["grid"])
     check_maps(seen, seen["hovered"], shown.z(0, 5), data["grid"])
-    assert "token 6 of 31" in seen["hovered"]["at"] and HOSTILE in seen["hovered"]["at"]
+    assert "token 6 of 31" in seen["hovered"]["at"] and seen["headings"] == [HOSTILE, "control: control"]
+    assert len(seen["names"]) == 8 and seen["names"][0].startswith(
+        f"{HOSTILE}, layer.0.attn: activations of 4 by 5"
+    )
     assert seen["left"] == seen["pinned"]["at"] and "token 9 of 31" in seen["left"]
     assert "token 5 of 31" in seen["moved"]  # the fourth was clicked, then one to the right
     said = "".join(data["texts"][1]["words"]).replace(" ", "")
@@ -663,7 +700,9 @@ def test_in_a_browser_words_change_the_maps(seen, written):
     check_maps(seen, seen["second"], shown.z(1, 5), data["grid"])
     check_maps(seen, seen["control"], other.z(1, 5), data["grid"])
     check_maps(seen, seen["scaled"], other.z(1, 5, "sheet"), data["grid"])
-    assert "control, token 6 of" in seen["control"]["at"]
+    assert seen["keyed"].startswith("control, layer.0.attn, row 2, column 3, ") and seen["stops"] == [
+        ["1", "0"]
+    ]
     assert seen["control"]["sheets"] != seen["second"]["sheets"]
 
 
@@ -674,7 +713,7 @@ def test_in_a_browser_a_unit_shows_what_drives_it(seen, written):
     unit = shown.own["units"][first + cell]
     z = shown.z(0, 4)[3, cell]
     value = f"{z:+.2f}".replace("-", "\u2212")
-    assert seen["under"] == f"layer.1.mlp, row 1, column 2, unit {unit}: {value} sd"
+    assert seen["under"] == f"{HOSTILE}, layer.1.mlp, row 1, column 2, unit {unit}: {value} sd"
     assert f"layer.1.mlp, unit {unit}row 1, column 2" in seen["panel"] and f"{value} sd at" in seen["panel"]
 
     q = shown.x[:, first : first + shown.n].astype(float)

@@ -1,6 +1,5 @@
 """An experiment on units: what a lesion or a stimulation changes, beside the same done to random sets."""
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -99,25 +98,16 @@ def experiment(
     n = sum(1 + len(sets.units) + len(sets.shape) for sets in all_sets) * len(do)
     say(f"{n} interventions, {each:.2f} s each: about {duration(n * each)}")
     effects: list[dict[str, Any]] = []
-    with_eta = watched(n)
+    counter = iter(progress(range(n), "interventions"))
     for sets in all_sets:
         for what in do:
-            effects.append(effect_of(bench, intact, sets, what, with_eta))
+            effects.append(effect_of(bench, intact, sets, what, counter))
     adjust(effects)
     said: dict[str, Any] = {"loss": intact.loss, "contrast": float(np.abs(intact.t).mean())}
     if len(intact.right):
         said["accuracy"] = 100 * float(intact.right.mean())
         said["phenomena"] = bench.by_phenomenon(intact.right)
     return said, effects
-
-
-def watched(n: int) -> Iterator[int]:
-    """Count to n, with a bar on a terminal; elsewhere with a line at every tenth."""
-    start, step = time.monotonic(), max(1, n // 10)
-    for done in progress(range(n), "interventions"):
-        if done and done % step == 0 and not sys.stderr.isatty():
-            say(f"{done} of {n}, {duration((time.monotonic() - start) / done * (n - done))} left")
-        yield done
 
 
 def effect_of(bench: Bench, intact: Seen, sets: Sets, do: str, counter: Iterator[int]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def stream_of(
     subject: Subject, text: str | None, n_tokens: int, vocab_dir: str | None
 ) -> tuple[np.ndarray, str, str]:
     """Tokens of a .txt file, or the first n_tokens of shards; what they are, and their SHA-256."""
-    if text is not None and Path(text).suffix == ".txt":
+    if text is not None and Path(text).suffix in (".txt", ".md"):
         return text_file(Path(text), vocab_dir)
     return shards(subject, text, n_tokens)
 

@@ -19,7 +19,9 @@ STYLE = {
     "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
     "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "topogpt",
 }  # fmt: skip
+LEAST_T = 4.0  # where the scale of t-maps ends at least, so that noise stays pale
 MAPS = "One cell is one unit; a column is a layer, its rows are the branches of it."
+OUTLINED = "What is not outlined is faded."
 BAND = "The grey band is the floor, white noise smoothed in the same way, \u00b1 2 standard deviations."
 
 
@@ -36,18 +38,27 @@ def maps_of(
 def draw_moran(found: Sequence[Result], title: str) -> "Figure":
     """Moran's I of every sheet, by smoothing."""
     widths = list(found[0].results["moran"])
-    figure = new_figure(2.4 * len(widths) + 0.8, 2.5)
+    figure = new_figure(2.4 * len(widths) + 0.8, 2.8)
     axes = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
     for axis, fwhm in zip(axes, widths, strict=True):
         for r, colour, marker in zip(found, COLOURS, "os", strict=False):
             values = [m["value"] for m in r.results["moran"][fwhm]["by_sheet"].values()]
             axis.plot(np.arange(len(values)), values, marker, ms=3.5, color=colour, label=r.label)
         band(axis.axhspan, found[0].results["moran"][fwhm])
-        axis.set(title=smoothing(fwhm), xlabel="sheet, in the order of layers", ylim=(-0.15, 1))
+        lowest = min(m["value"] for r in found for m in r.results["moran"][fwhm]["by_sheet"].values())
+        axis.set(title=smoothing(fwhm), ylim=(min(-0.15, lowest - 0.05), 1))
+        sheet_axis(axis, found[0].sheets)
     axes[0].set_ylabel("Moran's I")
     legend(figure, axes)
     figure.suptitle(title, fontsize=9)
     return figure
+
+
+def sheet_axis(axis: Any, sheets: Sequence[str]) -> None:
+    """Name every sheet below an x axis, such as 3 mlp."""
+    names = [sheet.removeprefix("layer.").replace(".", " ") for sheet in sheets]
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axis.set_xlabel("sheet: layer and branch")
 
 
 def band(span: Callable[..., Any], moran: dict[str, Any]) -> None:

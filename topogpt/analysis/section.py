@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from topogpt.analysis import results
+from topogpt.analysis import results, stimuli
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.subject import EvalConfig, Subject, load_subjects
 from topogpt.config import parse
@@ -108,6 +108,7 @@ class Picture(NamedTuple):
     path: Path  # PNG
     caption: str
     title: str
+    alt: str  # what is seen on it
 
 
 # ---- an analysis ---------------------------------------------------------------------------------
@@ -125,6 +126,14 @@ class Analysis:
     costly: bool = False  # the report runs it only when told so, by a flag of its name
     by_hand: bool = False  # it needs to be told what to look at: the report shows it where it was run
 
+    def __post_init__(self) -> None:
+        """An analysis's own settings come first in --help, then those that it shares."""
+        by_place = self.config.__dataclass_fields__
+        own = [name for kind in self.config.__mro__ for name in getattr(kind, "__annotations__", ())]
+        ordered = {name: by_place[name] for name in dict.fromkeys(own) if name in by_place}
+        by_place.clear()
+        by_place.update(ordered)
+
     @property
     def name(self) -> str:
         """Its file's."""
@@ -136,12 +145,18 @@ class Analysis:
         results.save(name, subject, self.analyse(cfg, subject))
         return name
 
+    def said(self, found: Sequence[Result]) -> Section:
+        """Its section, with a note where its stimuli are our own."""
+        made = self.section(found)
+        own = any(stimuli.is_own(result.content["data_sha256"]) for result in found)
+        return made._replace(warnings=[stimuli.OWN_NOTE, *made.warnings]) if own else made
+
     def main(self, argv: list[str]) -> None:
         """For the model, then its control, analyse and save; print the tables; draw."""
         cfg, found = parse(self.config, argv, prog=f"python -m evals.{self.name}"), []
         for subject in load_subjects(cfg):
             found.append(results.read(subject.results, self.save(cfg, subject)))
-        show(self.section(found))
+        show(self.said(found))
         say(f"numbers: {found[0].folder / found[0].content['analysis']}.json")
         for picture in draw(self, found) if cfg.figures else ():
             for path in (picture.path, picture.path.with_suffix(".svg")):
@@ -176,7 +191,7 @@ def draw(analysis: Analysis, found: Sequence[Result]) -> list[Picture]:
             path = found[0].folder / f"{stem}.png"
             drawing.save(figure, path)
             drawing.save(figure, path.with_suffix(".svg"), metadata={"Date": None})
-            pictures.append(Picture(path, caption, title))
+            pictures.append(Picture(path, caption, title, drawing.in_words(figure)))
     return pictures
 
 

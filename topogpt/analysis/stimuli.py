@@ -7,16 +7,23 @@ Any CSV with the columns `item` and `condition` will do. The published sets keep
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from topogpt.errors import UserError
-from topogpt.files import sha256
+from topogpt.files import sha256, similar
 
+DEFAULT_DIR = "data/stimuli"
+OWN = "topogpt's own stimuli"  # the source of those in own_stimuli.py
+OWN_NOTE = (
+    "These are topogpt's own stimuli (topogpt/analysis/own_stimuli.py), written for this project and shown "
+    "to nobody: they stand in for the published sets, which `python -m evals.fetch` fetches."
+)
 REMEDY = "`python -m evals.fetch` fetches the public stimuli; give their folder as --stimuli_dir"
+FETCHED = ("moseley2014.csv", "elli_hauptman2024.csv", "fedorenko_profiles.csv")
 LOCALIZER_WORDS = [f"stim{i}" for i in range(2, 14)]  # the twelve words of an item of the localiser
 
 
@@ -53,7 +60,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, s
             there = reader.fieldnames or []
             rows = [(reader.line_num, row) for row in reader]
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {REMEDY}") from None
+        fetched = path.name in FETCHED
+        remedy = "give a CSV file with the columns item and condition"
+        raise UserError(f"{path} does not exist; {REMEDY if fetched else similar(path, remedy)}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}; save it as UTF-8 CSV") from None
     for column in columns:
@@ -69,6 +78,16 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, s
         if None in row:  # where DictReader puts what is left over
             raise UserError(f"{path}, line {line} has more fields than columns; quote a text that has commas")
     return rows
+
+
+def is_own(data: Mapping[str, str]) -> bool:
+    """Whether results are of our own stimuli, by their record of data (file -> SHA-256)."""
+    return any(name.startswith(OWN) for name in data)
+
+
+def named(text: str, data: Mapping[str, str]) -> str:
+    """A name for what was found with stimuli, which says whether they were our own."""
+    return f"{text} (own stimuli)" if is_own(data) else text
 
 
 def check_groups(stimuli: Stimuli, a: np.ndarray, b: np.ndarray, what: str) -> None:

@@ -28,13 +28,13 @@ class EvalConfig:
 
     run: str  # a run (out/NAME), an exported folder, or USER/NAME on the Hub
     control: str | None = None  # its control: analysed the same way, and shown beside it
-    checkpoint: str = "best"  # of a run: best, last or step-N; on the Hub: the tag step-N
-    layout: topo.Layout | None = None  # sheets to look at; None: the model's own; else into evals/LAYOUT
-    positions: str | None = None  # of sheets it has none of: identity, permuted, a folder with a topography
+    checkpoint: str = "best"  # which checkpoint of a run: best, last or step-N; on the Hub the tag step-N
+    layout: topo.Layout | None = None  # which sheets; None: the model's own; others into evals/LAYOUT
+    positions: str | None = None  # for a model without: identity, permuted, or a folder with a topography
     results_dir: str | None = None  # folder for the results; None: evals/ inside the run or folder
-    stimuli_dir: str = "data/stimuli"  # where stimuli lie; `python -m evals.fetch` fills it
-    figures: bool = True  # draw the figures, too
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    stimuli_dir: str = "data/stimuli"  # folder of published stimuli (evals.fetch); without it: our own
+    figures: bool = True  # whether to draw the figures
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute; auto: the first that is there
     vocab_dir: str | None = None  # folder with vocab.bpe and encoder.json; None: found or fetched
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class EvalConfig:
 class PoolingConfig(EvalConfig):
     """How the tokens of an item become one pattern of activation."""
 
-    pooling: Literal["mean", "last"] = "mean"  # over an item's tokens (never padding), or its last one
+    pooling: Literal["mean", "last"] = "mean"  # mean over an item's tokens (never padding), or its last one
     eot: bool = False  # whether an end-of-text token, which starts documents in training, leads each item
 
 
@@ -64,11 +64,11 @@ class PoolingConfig(EvalConfig):
 class MoranConfig(EvalConfig):
     """How maps are smoothed, and their Moran's I is tested."""
 
-    fwhm_mm: tuple[float, ...] = (0.0, 1.0, 2.0)  # of the Gaussian readout: 2 is TopoLM's "smoothed", 0 none
-    unit_distance_mm: float = 1.0  # between neighbours on the grid
+    fwhm_mm: tuple[float, ...] = (0.0, 1.0, 2.0)  # widths of the Gaussian readout: TopoLM's "smoothed" is 2
+    unit_distance_mm: float = 1.0  # distance of neighbours on the grid
     contiguity: Literal["queen", "rook"] = "queen"  # which cells are neighbours in Moran's I
-    permutations: int = 999  # of Moran's I, and maps of white noise for its floor
-    seed: int = 0  # of permutations, noise and splits
+    permutations: int = 999  # how many for Moran's I, and how many noise maps for its floor
+    seed: int = 0  # seed of permutations, noise and splits
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -254,9 +254,9 @@ class LoadedRun(NamedTuple):
     folder: Path  # of the checkpoint
 
 
-def load_run(run: Path, which: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
     """Load a run's model, whose weights must be what was written; `which` is best, last or step-N."""
-    folder = find_checkpoint(run, which).resolve()  # the link may lead elsewhere while this reads
+    folder = find_checkpoint(Path(run), which).resolve()  # the link may lead elsewhere while this reads
     state = seal.check(folder, seal.WEIGHTS)
     weights, positions = load_tensors(folder)
     model = GPT(GPTConfig(**state["config"]["model"]))

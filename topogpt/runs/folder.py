@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from topogpt.errors import UserError
+from topogpt.files import similar
 from topogpt.runs import lock
 from topogpt.runs.seal import read_state
 from topogpt.runs.state import TrainState
@@ -35,7 +36,8 @@ def step_folder(run: Path, step: int) -> Path:
 def find_checkpoint(run: Path, which: str = "best") -> Path:
     """Folder of a run's checkpoint; `which` is best, last or step-N."""
     if not run.is_dir():
-        raise UserError(f"run {run} does not exist; give the folder of a run, such as out/NAME")
+        otherwise = "give the folder of a run, such as out/NAME"
+        raise UserError(f"run {run} does not exist; {similar(run, otherwise)}")
     if which.startswith("step-"):
         folder = step_folder(run, int(which[5:])) if which[5:].isdecimal() else run / "checkpoints" / which
     elif which in ("best", "last"):

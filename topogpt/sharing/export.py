@@ -61,6 +61,8 @@ def write_folder(
     say: Any = print,
 ) -> Path:
     """Export what was loaded from a run, or made from that: its model is on the CPU."""
+    from safetensors import SafetensorError
+
     from topogpt.sharing import proof, stock
     from topogpt.sharing.tokenizer_files import write_tokenizer
     from topogpt.text import tokenizer
@@ -85,10 +87,9 @@ def write_folder(
         write_record(part, run, loaded, repo_id, dtype)
         say(proof.prove(part, loaded.model, words))
         put_in_place(part, target)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or target}: {error.strerror or error}; nothing was exported"
-        ) from None
+    except (OSError, SafetensorError) as error:  # a full disk, among others
+        where, why = getattr(error, "filename", None) or target, getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: {why}; nothing was exported") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     say(f"exported step {loaded.state['train_state']['step']:,} of {run}: {target}")

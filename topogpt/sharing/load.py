@@ -17,7 +17,7 @@ from torch import Tensor
 
 from topogpt import topo, topography
 from topogpt.errors import UserError
-from topogpt.files import inside
+from topogpt.files import inside, similar
 from topogpt.model.gpt import GPT
 from topogpt.runs.checkpoint import load_run, load_weights
 from topogpt.settings import GPTConfig
@@ -104,8 +104,16 @@ def find_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json; give an exported folder, such as out/NAME/hf")
         return path
+    known = "give a run, an exported folder or USER/NAME"
+    if "/" in name and path.parent.is_dir() and not path.exists():
+        # a typo: the network is not asked
+        raise UserError(f"{name} does not exist; {similar(path, known)}")
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name} is neither a folder nor the name of a repository of the Hub (USER/NAME)")
+        hint = similar(Path("out", name), "") if len(path.parts) == 1 else ""
+        raise UserError(
+            f"{name} is neither a folder nor the name of a repository of the Hub (USER/NAME)"
+            + (f"; {hint}" if hint else "")
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -114,8 +122,7 @@ def find_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
         offline = type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
         reason = "it cannot be reached" if offline else " ".join(str(error).split())[:200]
         raise UserError(
-            f"{name} is no folder here and could not be fetched from the Hub ({reason}); give a run, an "
-            "exported folder or USER/NAME"
+            f"{name} is no folder here and could not be fetched from the Hub ({reason}); {known}"
         ) from None
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -42,7 +42,12 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{error.filename} cannot be written: {error.strerror}; make room") from None
         self.bar = tqdm(
-            total=max_steps, initial=max(step, 0), unit="step", disable=not sys.stderr.isatty(), leave=False
+            total=max_steps,
+            initial=max(step, 0),
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            bar_format="step {n_fmt}/{total_fmt}{postfix}",
+            dynamic_ncols=True,
         )
         if n_broken:
             self.say(f"note: {n_broken} damaged lines of metrics.jsonl are now in metrics.damaged.txt")
@@ -66,10 +71,8 @@ class RunLog:
         """Print a line and keep it in log.txt."""
         if self.is_main:
             self.write(line)
-            try:
+            with shown_on(sys.stdout):
                 print(line, flush=True) if self.bar.disable else self.bar.write(line)
-            except OSError:  # who read it is gone, such as the tee that Ctrl-C ended too: log.txt has it
-                silence(sys.stdout.fileno())
 
     def say_once(self, line: str) -> None:
         if line not in self.said:
@@ -110,8 +113,8 @@ class RunLog:
             self.say(line)
         else:
             self.write(line)
-            with self.writing("standard error"):
-                self.bar.set_postfix_str(line.partition("  ")[2], refresh=False)
+            with shown_on(sys.stderr):
+                self.bar.set_postfix_str(short(line), refresh=False)
                 self.bar.update(step - self.bar.n)
 
     def start_wandb(self, cfg: TrainConfig, run_id: str | None) -> str | None:
@@ -156,6 +159,22 @@ class RunLog:
             for file in (self.metrics, self.text):
                 with self.writing(file.name):
                     file.close()
+
+
+@contextlib.contextmanager
+def shown_on(stream: TextIO) -> Iterator[None]:
+    """Whoever read the stream may be gone, such as the tee that Ctrl-C ended too: log.txt has it all."""
+    try:
+        yield
+    except OSError:
+        silence(stream.fileno())
+
+
+def short(line: str) -> str:
+    """A training step's line as the bar shows it: 80 columns, the one ETA first, the least needed out."""
+    parts = line.split("  ")[1:]
+    kept = [p for p in parts[:-1] if not p.startswith(("lr ", "grad norm", "MFU")) and not p.endswith("GB")]
+    return "  ".join([*parts[-1:], *kept])[:58]
 
 
 def curves(values: Mapping[str, Any]) -> dict[str, float]:

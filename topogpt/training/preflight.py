@@ -27,6 +27,7 @@ from topogpt.text.loader import Corpus, open_corpus
 OF_A_START = (
     "run_name out_dir train_data_dir val_data_dir init_from connectome resume overwrite checkpoint".split()
 )
+MOST_EPOCHS = 100  # more is a mistake, or learning by heart
 
 
 class Checked(NamedTuple):
@@ -99,6 +100,19 @@ def check_services(cfg: TrainConfig) -> None:
         push.check_login(cfg.run_name)
     if cfg.wandb and "wandb" not in sys.modules and find_spec("wandb") is None:
         raise UserError("wandb = True, but wandb is not installed; pip install wandb, or leave --wandb out")
+
+
+def find_data(cfg: TrainConfig) -> TrainConfig:
+    """On the documentation inside Python, and said so, where the usual data are missing and it is enough."""
+    pydoc, usual = Path("data/pydoc"), TrainConfig.train_data_dir
+    if (cfg.train_data_dir, cfg.val_data_dir) != (usual, TrainConfig.val_data_dir) or Path(usual[0]).exists():
+        return cfg
+    n = sum((path.stat().st_size - 1024) // 2 for path in (pydoc / "train").glob("*.bin"))
+    if cfg.max_steps * cfg.batch_size * cfg.model.block_size > MOST_EPOCHS * n:
+        return cfg
+    if read_place().rank == 0:
+        print(f"{usual[0]} is not prepared: training on {pydoc}, the documentation inside Python")
+    return dataclasses.replace(cfg, train_data_dir=(f"{pydoc}/train",), val_data_dir=(f"{pydoc}/val",))
 
 
 def check_connectome(cfg: TrainConfig) -> str:

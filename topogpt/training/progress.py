@@ -10,7 +10,7 @@ from topogpt.spatial.schedule import weight_at
 from topogpt.terminal import duration
 from topogpt.training.log import RunLog
 from topogpt.training.optim import lr_at
-from topogpt.training.preflight import Checked
+from topogpt.training.preflight import MOST_EPOCHS, Checked
 from topogpt.training.setup import Training
 
 
@@ -40,6 +40,10 @@ def introduce(t: Training, corpora: Checked, run: Path, log: RunLog) -> None:
         f"data: {corpora.train.n_tokens:,} training tokens, {epochs:.2f} epochs in {cfg.max_steps:,} steps "
         f"of {tokens_per_step:,} tokens; {corpora.val.n_tokens:,} validation tokens"
     )
+    if epochs > MOST_EPOCHS:
+        log.say(
+            f"warning: {epochs:,.0f} epochs of the same text, learnt by heart; prepare more, or train less"
+        )
     known = {shard.sha256 for shard in corpora.train.shards if shard.sha256}
     shared = [shard.path for shard in corpora.val.shards if shard.sha256 in known]
     if shared:

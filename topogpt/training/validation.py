@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from topogpt import topo
+from topogpt.terminal import progress
 from topogpt.text.loader import Corpus, fixed_batches
 from topogpt.training import maps
 from topogpt.training.log import RunLog
@@ -28,13 +29,14 @@ def evaluate(t: Training, corpus: Corpus) -> Values:
     cfg, ranks, spatial = t.cfg, t.ranks, t.objective.spatial
     t.compiled.eval()
     sums = [torch.zeros(3, device=ranks.device)]
-    for batch in fixed_batches(
+    batches = fixed_batches(
         corpus,
         n_tokens=cfg.val_tokens,
         block_size=cfg.model.block_size,
         per_device_batch_size=cfg.per_device_batch_size,
         ranks=ranks,
-    ):
+    )
+    for batch in progress(batches, "validation") if ranks.is_main else batches:
         ce, each = t.compiled(batch.tokens, batch.targets, spatial.choose(cfg.seed, VALIDATION, batch.index))
         sums.append(torch.stack([ce, each.mean(), torch.ones_like(ce)]) * len(batch.tokens))
     t.compiled.train()
