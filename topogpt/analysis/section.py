@@ -84,6 +84,7 @@ class Card(NamedTuple):
     beside: dict[str, float]
     digits: int = 3
     unit: str = ""
+    grey: str = ""  # why its null does not allow it as a finding; it is shown grey, with this
 
 
 class Section(NamedTuple):

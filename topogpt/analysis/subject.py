@@ -84,10 +84,12 @@ class MapConfig(PoolingConfig, MoranConfig):
     """How maps of contrasts between items are made and tested."""
 
     alpha: float = 0.05  # level of the false discovery rate over all units of all sheets
+    shuffles: int = 300  # of the items' labels: what a map's Moran's I is compared with
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self.alpha)
+        check_at_least("shuffles", self.shuffles, 1)
 
 
 def check_alpha(alpha: float) -> None:
