@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evals.report.page import Image
-from topogpt.analysis import nulls
+from topogpt.analysis import matching, nulls
 from topogpt.analysis.section import Card, Label, need
 from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
@@ -63,6 +63,11 @@ def lead(model: Model) -> str:
         text += f"; checkpoint of step {step:,}" if step is not None else ""
         text += f", after {n:,} training tokens" if n else ""
     return f"{text}."
+
+
+def notes(models: Sequence[Model]) -> list[str]:
+    """What a reader must know before anything else: untrained, interrupted, a control that is none."""
+    return [f"{line[0].upper()}{line[1:]}." for line in matching.notes([model.subject for model in models])]
 
 
 def cards(models: Sequence[Model]) -> list[Card]:

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from topogpt.analysis import results
+from topogpt.analysis.matching import notes
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.subject import EvalConfig, Subject, load_subjects
 from topogpt.config import parse
@@ -140,7 +141,10 @@ class Analysis:
     def main(self, argv: list[str]) -> None:
         """For the model, then its control, analyse and save; print the tables; draw."""
         cfg, found = parse(self.config, argv, prog=f"python -m evals.{self.name}"), []
-        for subject in load_subjects(cfg):
+        subjects = load_subjects(cfg)
+        for line in notes(subjects):
+            say(f"note: {line}")
+        for subject in subjects:
             found.append(results.read(subject.results, self.save(cfg, subject)))
         show(self.section(found))
         say(f"numbers: {found[0].folder / found[0].content['analysis']}.json")
