@@ -150,7 +150,7 @@ def analyse(cfg: ContrastsConfig, subject: Subject) -> Outcome:
             "again": contrast.again(cfg, items),
             "published": PUBLISHED[c.name]._asdict() if c.name in PUBLISHED and not cfg.stimuli else None,
         }
-        summary |= contrast.summary_of(c.what, moran, percent)
+        summary |= contrast.summary_of(c.what, apart["n"], moran, percent)
     data = {name: found.sha256 for name, found in sources.items()}
     return Outcome(protocol_of(cfg), data, {"contrasts": results}, arrays, summary)
 

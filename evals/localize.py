@@ -92,14 +92,11 @@ def analyse(cfg: LocalizeConfig, subject: Subject) -> Outcome:
     arrays = {"t": found.t.astype(np.float32), "network": network.astype(np.uint8)}
     arrays |= {"clusters": labels_of_units}
     data = {items.source: items.sha256, others.source: others.sha256}
-    summary: dict[str, Any] = {
-        f"units that prefer sentences{', chosen' if cfg.top_percent else ''} (%)": {
-            "value": results["network_percent"],
-            "that prefer nonwords": 100 * float(reversed_units.mean()),
-        }
-    }
     percent = dict.fromkeys(moran, results["significant_percent"])
-    summary |= contrast.summary_of(WHAT, moran, percent)
+    summary = contrast.summary_of(WHAT, apart["n"], moran, percent)
+    if summary:
+        said = {"value": results["network_percent"], "higher to nonwords": 100 * float(reversed_units.mean())}
+        summary["units of higher activation to sentences (%)"] = said
     protocol = protocol_of(cfg) | {"test": f"Welch t, {WHAT}"}
     return Outcome(protocol, data, results, arrays, summary)
 

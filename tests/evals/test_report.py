@@ -266,7 +266,7 @@ def test_contrasts_of_the_users_own_stand_beside_the_published_ones(alone, stimu
     written = (alone / "evals" / "report.html").read_text(encoding="utf-8")
     theirs, ours = (section_of(written, name) for name in ("contrasts", "contrasts-music"))
     assert "music - speech (2 and 2 items)" in ours and ours.count("<img") == 2
-    assert "music" not in theirs and theirs.count("<img") == 6
+    assert "music" not in theirs and theirs.count("<img") == 7
     assert f"--stimuli {path}" in section_of(written, "provenance")
 
 

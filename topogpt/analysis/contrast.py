@@ -104,8 +104,12 @@ def again(cfg: MapConfig, items: Items) -> dict[str, dict[str, float]] | None:
     return shuffles.again(items.patterns, items.first, items.pairs, cfg.shuffles, cfg.seed)
 
 
-def summary_of(what: str, moran: dict[str, Any], percent: dict[str, float]) -> dict[str, Any]:
-    """The lines of a contrast on a model card, with the widest readout: each number beside its null."""
+def summary_of(
+    what: str, n_items: Sequence[int], moran: dict[str, Any], percent: dict[str, float]
+) -> dict[str, Any]:
+    """The lines of a contrast on a model card: the widest readout, beside its nulls; none of few items."""
+    if min(n_items) < FEW_ITEMS:
+        return {}
     fwhm = max(moran, key=float)
     of, said = moran[fwhm]["labels"], f"{what}, {measures.smoothing(fwhm)}"
     nulls = {"item labels shuffled": of["mean"], "p": of["p"], "white noise": moran[fwhm]["floor"]}

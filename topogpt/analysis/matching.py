@@ -45,7 +45,7 @@ def trained(subject: Subject) -> Trained | None:
 
 
 def notes(subjects: Sequence[Subject]) -> list[str]:
-    """A line for each thing that a reader of the numbers must know first: of the model, and of its control."""
+    """A line for each thing that a reader of numbers must know first, of the model and of its control."""
     found = [trained(subject) for subject in subjects]
     lines = [line for one in found if one for line in of_one(one)]
     if len(subjects) < 2:
