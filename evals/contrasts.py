@@ -79,7 +79,6 @@ PUBLISHED = {
     "moseley_noun-verb": Published(0.7834, 0.8943, 0.1156, 0.6032),
     "hauptman_verb-noun": Published(0.4815, 0.8149, 0.1146, 0.6043),
 }
-CONTENT = "content words of the pairs: "
 SMOOTHED = {"1.0": "unsmoothed", "2.0": "smoothed"}  # FWHM in mm -> TopoLM's word for it
 
 
@@ -97,7 +96,9 @@ def published_contrasts(folder: Path) -> list[Contrast]:
         Contrast("moseley_abstract-concrete", "abstract - concrete", words, has("abstract"), has("concrete")),
         Contrast("moseley_noun-verb", "nouns - verbs", words, has("noun"), has("verb")),
         Contrast("hauptman_verb-noun", "verb pairs - noun pairs", pairs, "verb", "noun"),
-        Contrast("hauptman_content", f"{CONTENT}verbs - nouns", stimuli.content_words(pairs), "verb", "noun"),
+        Contrast(
+            "hauptman_content", "content words: verbs - nouns", stimuli.content_words(pairs), "verb", "noun"
+        ),
     ]
 
 

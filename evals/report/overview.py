@@ -67,7 +67,7 @@ def lead(model: Model) -> str:
 
 def notes(models: Sequence[Model]) -> list[str]:
     """What a reader must know before anything else: untrained, interrupted, a control that is none."""
-    return [f"{line[0].upper()}{line[1:]}." for line in matching.notes([model.subject for model in models])]
+    return [f"{line}." for line in matching.notes([model.subject for model in models])]
 
 
 def cards(models: Sequence[Model]) -> list[Card]:
@@ -75,7 +75,10 @@ def cards(models: Sequence[Model]) -> list[Card]:
     if values[0] is None:
         return []
     blind = math.log(models[0].subject.model.cfg.n_vocab)
-    return [Card("Cross-entropy", "validation text, nats per token", values, {"blind guess": blind})]
+    grey = "" if values[0] < blind else "No better than a blind guess."
+    return [
+        Card("Cross-entropy", "validation text, nats per token", values, {"blind guess": blind}, grey=grey)
+    ]
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import items
 import numpy as np
@@ -414,6 +416,30 @@ def test_the_localizer_writes_network_profiles_and_clusters(analysed):
         assert (arrays["clusters"][s] == k).sum() == cluster["size"] >= 2
         assert arrays["t"][s, cluster["row"], cluster["column"]] == pytest.approx(cluster["peak_t"], rel=1e-5)
     assert (arrays["clusters"] > 0).sum() == sum(c["size"] for c in found["clusters"])
+
+
+def test_matched_lengths_read_as_many_first_tokens_of_every_item(runs, stimuli):
+    """The shortest item of both sets counts; what follows in an item is not read."""
+    cfg = LocalizeConfig(run=str(runs[0]), stimuli_dir=str(stimuli), match_length=True)
+    subject, both_sets = load_subject(cfg, cfg.run), localize.stimuli_of(cfg)
+    lengths = [len(texts.load().encode(item)) for found in both_sets for item in found.items]
+    read = localize.patterns_of(cfg, subject, *both_sets)
+    assert set(read.lengths) == {min(lengths)} and max(lengths) > 2 * min(lengths)
+    first = texts.load().encode(both_sets[0].items[3])[: min(lengths)].astype(np.int64)
+    alone = subject.on_grid(activations.of_tokens(subject.model, [first], "mean", subject.sheets))
+    np.testing.assert_allclose(read.patterns[:, 3], alone[:, 0], atol=1e-5)
+    whole = localize.patterns_of(replace(cfg, match_length=False), subject, *both_sets)
+    assert not np.allclose(whole.patterns[:, 3], alone[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("value, grey", [(0.05, False), (0.01, True)])
+def test_a_map_that_white_noise_reaches_is_no_headline(value, grey):
+    """Of 4 sheets and 64 maps; its band is that of one map a sheet, as maps of one text are alike."""
+    moran = {"0.0": {"mean": value, "floor": 0.0, "floor_sd": 0.002}}
+    results = {"moran": moran, "spatial_loss": {"mean": 0.5}}
+    found = SimpleNamespace(results=results, arrays={"maps": np.zeros((4, 64, 2, 2))})
+    card = topography.cards([found])[0]
+    assert card.values == [value] and (card.grey == "White noise reaches it: no map.") == grey
 
 
 def test_a_localizer_without_nonwords_is_one_line(runs, stimuli, tmp_path):
