@@ -303,7 +303,7 @@ def warnings_of(found: Sequence[Result]) -> Iterator[str]:
         if r.results["post_residual"]:
             yield f"{r.label}: sheets show the residual stream; changed is what their branch adds to it."
         if min(r.results["n_items"]) < FEW_ITEMS:
-            yield f"{r.label}: the contrast is of fewer than {FEW_ITEMS} items on a side; its changes are noisy."
+            yield f"{r.label}: the contrast is of fewer than {FEW_ITEMS} items on a side, so it is noisy."
         effects, wanted = r.results["effects"], r.content["protocol"]["cluster"]
         n = len({effect["target"] for effect in effects if effect["target"].startswith("cluster")})
         if wanted is not None and n < wanted:

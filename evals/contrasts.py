@@ -86,6 +86,7 @@ def published_contrasts(folder: Path) -> list[Contrast]:
     """TopoLM's five, with its signs; and its pairs without the words that tell them apart."""
     words = stimuli.moseley(folder / "moseley2014.csv")
     pairs = stimuli.hauptman(folder / "elli_hauptman2024.csv")
+    content = stimuli.content_words(pairs)
 
     def has(part: str) -> Callable[[str], bool]:
         return lambda condition: part in condition.split("_")
@@ -96,9 +97,7 @@ def published_contrasts(folder: Path) -> list[Contrast]:
         Contrast("moseley_abstract-concrete", "abstract - concrete", words, has("abstract"), has("concrete")),
         Contrast("moseley_noun-verb", "nouns - verbs", words, has("noun"), has("verb")),
         Contrast("hauptman_verb-noun", "verb pairs - noun pairs", pairs, "verb", "noun"),
-        Contrast(
-            "hauptman_content", "content words: verbs - nouns", stimuli.content_words(pairs), "verb", "noun"
-        ),
+        Contrast("hauptman_content", "content words: verbs - nouns", content, "verb", "noun"),
     ]
 
 
