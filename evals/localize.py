@@ -270,7 +270,7 @@ def cards(found: Sequence[Result]) -> list[Card]:
     if made is None:
         return []
     shares = [r.results["network_percent"] for r in found]
-    beside = {"higher to nonwords (%)": 100 * first["n_reversed"] / first["n_units"]}
+    beside = {"higher to nonwords": 100 * first["n_reversed"] / first["n_units"]}
     network = Card("Language network", "share of units higher to sentences", shares, beside, 1, " %")
     grey = "" if first["n_network"] else "No unit is significant."
     return [made._replace(what=f"{WHAT}, {smoothing(fwhm)}"), network._replace(grey=grey)]
