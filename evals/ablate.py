@@ -22,7 +22,7 @@ import numpy as np
 from topogpt import topo
 from topogpt.analysis import heldout, measures, own_stimuli, pairs, plots, stimuli
 from topogpt.analysis.activations import token_lists
-from topogpt.analysis.contrast import TMaps, chosen, clusters_of
+from topogpt.analysis.contrast import FEW_ITEMS, TMaps, chosen, clusters_of
 from topogpt.analysis.experiment import MEASURES, Bench, contrast, experiment
 from topogpt.analysis.lesions import moments
 from topogpt.analysis.measures import most_selective
@@ -305,6 +305,8 @@ def warnings_of(found: Sequence[Result]) -> Iterator[str]:
     for r in found:
         if r.results["post_residual"]:
             yield f"{r.label}: sheets show the residual stream; changed is what their branch adds to it."
+        if min(r.results["n_items"]) < FEW_ITEMS:
+            yield f"{r.label}: the contrast is of fewer than {FEW_ITEMS} items on a side, so it is noisy."
         effects, wanted = r.results["effects"], r.content["protocol"]["cluster"]
         n = len({effect["target"] for effect in effects if effect["target"].startswith("cluster")})
         if wanted is not None and n < wanted:

@@ -5,7 +5,8 @@
 
 A contrast is a Welch t-test of every unit, its first condition minus its second, on activations read out raw
 and smoothed; maps are never thresholded for Moran's I. Significant: false discovery rate over all units of
-all sheets.
+all sheets. Whether a map says something of its contrast is told by the same items with shuffled labels: on a
+smooth sheet their t-maps are as smooth.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from topogpt.analysis import own_stimuli, plots, stimuli
-from topogpt.analysis.activations import of_stimuli
-from topogpt.analysis.contrast import t_maps
-from topogpt.analysis.measures import smoothing, width
-from topogpt.analysis.nulls import moran_of_sheets
+from topogpt.analysis import contrast, own_stimuli, plots, stimuli
+from topogpt.analysis.activations import of_tokens, token_lists
+from topogpt.analysis.contrast import told_apart
+from topogpt.analysis.measures import smoothing
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels, need
 from topogpt.analysis.stimuli import Stimuli
 from topogpt.analysis.subject import MapConfig, Subject, protocol_of
 from topogpt.drawing import draw_sheets, new_figure
 from topogpt.errors import UserError, run_main
+from topogpt.terminal import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,13 @@ class ContrastsConfig(MapConfig):
     item: tuple[str, ...] = ("item",)  # its column, or several to be joined by a space
     condition: tuple[str, ...] = ("condition",)  # the same for the condition, joined by _
     conditions: tuple[str, ...] = ()  # first and second side of its contrast; empty: its two, as they come
+    pair: str | None = None  # its column that says which items belong together: labels are shuffled within
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stimuli is None:
-            for name, default in (("item", ("item",)), ("condition", ("condition",)), ("conditions", ())):
-                if getattr(self, name) != default:
+            for name in ("item", "condition", "conditions", "pair"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise UserError(f"{name} has no effect without --stimuli FILE.csv")
         if len(self.conditions) not in (0, 2) or len(set(self.conditions)) < len(self.conditions):
             raise UserError(f"conditions = {' '.join(self.conditions)} must be two different ones")
@@ -81,9 +83,10 @@ SMOOTHED = {"1.0": "unsmoothed", "2.0": "smoothed"}  # FWHM in mm -> TopoLM's wo
 
 
 def published_contrasts(folder: Path) -> list[Contrast]:
-    """TopoLM's five, with its signs."""
+    """TopoLM's five, with its signs; and its pairs without the words that tell them apart."""
     words = stimuli.moseley(folder / "moseley2014.csv")
     pairs = stimuli.hauptman(folder / "elli_hauptman2024.csv")
+    content = stimuli.content_words(pairs)
 
     def has(part: str) -> Callable[[str], bool]:
         return lambda condition: part in condition.split("_")
@@ -94,6 +97,7 @@ def published_contrasts(folder: Path) -> list[Contrast]:
         Contrast("moseley_abstract-concrete", "abstract - concrete", words, has("abstract"), has("concrete")),
         Contrast("moseley_noun-verb", "nouns - verbs", words, has("noun"), has("verb")),
         Contrast("hauptman_verb-noun", "verb pairs - noun pairs", pairs, "verb", "noun"),
+        Contrast("hauptman_content", "content words: verbs - nouns", content, "verb", "noun"),
     ]
 
 
@@ -120,7 +124,7 @@ def asked_for(cfg: ContrastsConfig) -> list[Contrast]:
 
 def contrast_of(cfg: ContrastsConfig) -> Contrast:
     """The one contrast of a file of the user's."""
-    found = stimuli.read(Path(cfg.stimuli), cfg.item, cfg.condition)
+    found = stimuli.read(Path(cfg.stimuli), cfg.item, cfg.condition, cfg.pair)
     there = list(dict.fromkeys(found.conditions))
     sides = list(cfg.conditions) or there
     if len(sides) != 2:
@@ -140,31 +144,35 @@ def analyse(cfg: ContrastsConfig, subject: Subject) -> Outcome:
     for c in asked:
         stimuli.check_groups(c.source, c.source.where(c.first), c.source.where(c.second), c.what)
     sources = {c.source.source: c.source for c in asked}
-    patterns = {name: subject.on_grid(of_stimuli(cfg, subject, found)) for name, found in sources.items()}
-    results, arrays = {}, {}
-    for c in asked:
-        a, b = (patterns[c.source.source][:, c.source.where(side)] for side in (c.first, c.second))
+    read = {name: token_lists(cfg, subject, found) for name, found in sources.items()}
+    patterns = {
+        name: subject.on_grid(of_tokens(subject.model, tokens, cfg.pooling, subject.sheets))
+        for name, tokens in read.items()
+    }
+    results, arrays, summary = {}, {}, {}
+    for c in progress(asked, f"{subject.label}: contrasts"):
+        name = c.source.source
+        sides = [c.source.where(side) for side in (c.first, c.second)]
+        items = contrast.items_of(c.source, patterns[name], *sides)
         moran, percent = {}, {}
         for fwhm in cfg.fwhm_mm:
-            found = t_maps(cfg, a, b, fwhm)
-            moran[str(fwhm)] = moran_of_sheets(cfg, subject.sheets, found.t, fwhm)
-            percent[str(fwhm)] = 100 * float(found.significant.mean())
-            arrays[f"t.{c.name}.{fwhm}"] = found.t.astype(np.float32)
-            arrays[f"significant.{c.name}.{fwhm}"] = found.significant.astype(np.uint8)
+            maps, moran[str(fwhm)] = contrast.mapped(cfg, subject.sheets, items, fwhm)
+            percent[str(fwhm)] = 100 * float(maps.significant.mean())
+            arrays[f"t.{c.name}.{fwhm}"] = maps.t.astype(np.float32)
+            arrays[f"significant.{c.name}.{fwhm}"] = maps.significant.astype(np.uint8)
+        apart = told_apart(c.source, [len(tokens) for tokens in read[name]], sides)
         results[c.name] = {
             "what": c.what,
-            "source": c.source.source,
-            "n": [a.shape[1], b.shape[1]],
+            "source": name,
+            "n": apart["n"],
+            "apart": apart,
             "significant_percent": percent,
             "moran": moran,
+            "again": contrast.again(cfg, items),
             "published": PUBLISHED[c.name]._asdict() if c.name in PUBLISHED and not cfg.stimuli else None,
         }
+        summary |= contrast.summary_of(c.what, apart["n"], moran, percent)
     data = {name: found.sha256 for name, found in sources.items()}
-    summary = {
-        f"Moran's I of {found['what']}, {width(fwhm)}": moran["mean"]
-        for found in results.values()
-        for fwhm, moran in found["moran"].items()
-    }
     return Outcome(protocol_of(cfg), data, {"contrasts": results}, arrays, summary)
 
 
@@ -177,42 +185,80 @@ def published(contrast: dict[str, Any], who: str, fwhm: str) -> float | None:
 
 
 def section(found: Sequence[Result]) -> Section:
+    contrasts, n = found[0].results["contrasts"], found[0].content["protocol"]["shuffles"]
+    head = [name for r in labels(found) for name in (r, "labels shuffled", "p")]
+    title = f"Moran's I of t-maps, mean over sheets, beside {n} shuffles of the item labels"
+    tables = [Table(["readout", *head, "white noise", "TopoLM", "its control"], rows_of_moran(found), title)]
+    title = "What the contrasts say"
+    tables.append(Table(["", *head], rows_of_effects(found), title))
+    rows = [contrast.apart_row(c["what"], c["apart"]) for c in contrasts.values()]
+    tables.append(Table(contrast.APART_HEAD, rows, "What else tells the items apart"))
+    own = found[0].content["analysis"].partition("-")[2]
+    return Section(
+        f"Contrasts: {own}" if own else "Contrasts",
+        [ABOUT, tables[0], ABOUT_EFFECTS, tables[1], ABOUT_ITEMS, tables[2]],
+        [line for c in contrasts.values() for line in contrast.warnings_of(c["what"], c["apart"])],
+        [] if own else cards(found),
+    )
+
+
+ABOUT = (
+    "Which units answer more to one kind of item than to another, and do they lie together? Of every unit "
+    "a Welch t-test, the first kind minus the second; then Moran's I of the map of t-values, mean over "
+    "sheets. Read it against the same items with shuffled labels (mean \u00b1 standard deviation; p: share"
+    " of shuffles that reach the value): where units that lie together fire together, t-maps are smooth "
+    "whatever the labels, and only what exceeds the shuffles is about the contrast. White noise smoothed "
+    "in the same way is what a sheet without a map reaches. TopoLM and its control: from its released "
+    "files (Rathi et al. 2025), without this null; values without smoothing are most likely of a readout "
+    "of 1 mm."
+)
+ABOUT_EFFECTS = (
+    "What does carry information. Significant: share of units whose p survives the false discovery rate "
+    "over all units of all sheets, expected to be 0 where the labels say nothing. Effect: the tenth of all"
+    " units with the largest |t| on a random half of the items, on the other half (Cohen's d, signed as on"
+    " the first). Place: correlation of the t-values of all units between the halves. Both raw, beside "
+    "shuffled labels."
+)
+ABOUT_ITEMS = (
+    "A contrast is of whatever tells its items apart: their length and their first word, too. The verb and"
+    " noun pairs stand here once as published and once without the and to."
+)
+
+
+def rows_of_moran(found: Sequence[Result]) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for name, first in found[0].results["contrasts"].items():
         both = [r.results["contrasts"].get(name) for r in found]
         rows.append([f"{first['what']} ({first['n'][0]} and {first['n'][1]} items)"])
         for fwhm, moran in first["moran"].items():
-            row = [smoothing(fwhm), *(Number(c and c["moran"][fwhm]["mean"]) for c in both), moran["floor"]]
-            row += [published(first, who, fwhm) for who in ("topo", "control")]
-            rows.append(row + [Number(c and c["significant_percent"][fwhm], 1, " %") for c in both])
-    head = ["readout", *labels(found, ": I"), "floor", "TopoLM", "its control"]
-    title = "Moran's I of t-maps, mean over sheets, and share of significant units"
-    own = found[0].content["analysis"].partition("-")[2]
-    return Section(
-        f"Contrasts: {own}" if own else "Contrasts",
-        [
-            "Which units answer more to one kind of item than to another, and do they lie together? Of "
-            "every unit a Welch t-test, the first kind minus the second; then Moran's I of the map of "
-            "t-values (mean over sheets), to be read against the floor of white noise that was smoothed in "
-            "the same way. Significant: share of units whose p survives the false discovery rate over all "
-            "units of all sheets. TopoLM and its control: from its released files (Rathi et al. 2025), "
-            "whose values without smoothing are most likely of a readout of 1 mm.",
-            Table([*head, *labels(found, ": significant")], rows, title),
-        ],
-        cards=[] if own else cards(found),
-    )
+            row = [smoothing(fwhm)]
+            for c in both:
+                row += contrast.beside_cells((c or {}).get("moran", {}).get(fwhm, {}).get("labels"))
+            rows.append(row + [moran["floor"], *(published(first, who, fwhm) for who in ("topo", "control"))])
+    return rows
+
+
+def rows_of_effects(found: Sequence[Result]) -> list[list[Any]]:
+    rows: list[list[Any]] = []
+    for name, first in found[0].results["contrasts"].items():
+        both = [r.results["contrasts"].get(name) or {} for r in found]
+        rows.append([first["what"]])
+        for fwhm in first["significant_percent"]:
+            row = [f"significant units, {smoothing(fwhm)}"]
+            for c in both:
+                row += [Number(c.get("significant_percent", {}).get(fwhm), 1, " %"), None, None]
+            rows.append(row)
+        rows += contrast.rows_of_again([c.get("again") for c in both])
+    return rows
 
 
 def cards(found: Sequence[Result]) -> list[Card]:
-    """Moran's I of the first contrast with the widest readout."""
+    """Moran's I of the first contrast with the widest readout, beside its shuffled labels."""
     name, first = next(iter(found[0].results["contrasts"].items()))
     fwhm = max(first["moran"], key=float)
-    beside = {"no map": first["moran"][fwhm]["floor"]}
-    if (value := published(first, "topo", fwhm)) is not None:
-        beside["TopoLM"] = value
     there = [r.results["contrasts"][name] for r in found if name in r.results["contrasts"]]
-    values = [c["moran"][fwhm]["mean"] for c in there]
-    return [Card("Moran's I of t", f"{first['what']}, {smoothing(fwhm)}", values, beside)]
+    made = contrast.card([c["moran"][fwhm] for c in there], first["n"], first["significant_percent"][fwhm])
+    return [made._replace(what=f"{first['what']}, {smoothing(fwhm)}")] if made else []
 
 
 def draw(found: Sequence[Result]) -> Iterator[Drawing]:
@@ -222,7 +268,8 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
         f"{prefix}-moran",
         draw_moran_of_contrasts(found),
         "Moran's I of the t-maps of every contrast (dimensionless), by readout: a line is a sheet, a dot the "
-        f"mean over sheets, an open diamond a published mean. {plots.BAND}",
+        "mean over sheets, an open diamond a published mean. The pale bar below a dot is the same mean under "
+        f"shuffled item labels, \u00b1 2 standard deviations: the contrast's own null. {plots.BAND}",
     )
     for name, first in found[0].results["contrasts"].items():
         widths = sorted(first["moran"], key=float)
@@ -251,11 +298,15 @@ def draw_moran_of_contrasts(found: Sequence[Result]) -> Any:
     for axis, fwhm in zip(axes, widths, strict=True):
         for i, (r, colour) in enumerate(zip(found, plots.COLOURS, strict=False)):
             for k, name in enumerate(contrasts):
-                contrast, height = r.results["contrasts"][name], k + 0.2 * (2 * i - len(found) + 1)
-                values = [m["value"] for m in contrast["moran"][fwhm]["by_sheet"].values()]
+                one, height = r.results["contrasts"][name], k + 0.2 * (2 * i - len(found) + 1)
+                values = [m["value"] for m in one["moran"][fwhm]["by_sheet"].values()]
+                null = one["moran"][fwhm]["labels"]
+                low, high = (null["mean"] + j * null["sd"] for j in (-2, 2))
+                label = f"{r.label}, labels shuffled"
+                axis.plot([low, high], [height + 0.14] * 2, color=colour, lw=4, alpha=0.4, label=label)
                 axis.plot(values, [height] * len(values), "|", ms=6, color=colour, alpha=0.6)
                 axis.plot(np.mean(values), height, "os"[i], ms=4, color=colour, label=r.label)
-                value = published(contrast, ("topo", "control")[i], fwhm)
+                value = published(one, ("topo", "control")[i], fwhm)
                 if value is not None:
                     label = ("TopoLM, published", "its control, published")[i]
                     axis.plot(value, height, "D", ms=5, mfc="none", color=colour, label=label)

@@ -1,4 +1,4 @@
-"""The language network: units that answer more to sentences than to nonword strings, and what else to.
+"""The language network: units whose signed activation is higher to sentences than to nonword strings.
 
     python -m evals.localize out/topolm --control out/control
     python -m evals.localize out/topolm --top_percent 1 --pooling last --magnitude   # AlKhamissi et al. 2025
@@ -6,30 +6,32 @@
 The localiser of Fedorenko et al. (2010) on TopoLM's protocol: a Welch t-test of each unit on 240 sentences
 against 240 nonword strings, false discovery rate over all units of all sheets. The network is the units for
 which sentences win; those for which nonwords win, which TopoLM's released mask holds too, are counted apart.
-Its selectivity is checked on items that did not choose it, and its answers are measured on other sentences
-(S), word lists (W), jabberwocky (J) and nonword lists (N).
+Its selectivity is checked on items that did not choose it, and its answers, mean |activation|, are measured
+on other sentences (S), word lists (W), jabberwocky (J) and nonword lists (N). Strings of nonwords have twice
+the tokens of sentences; --match_length reads as many first tokens of every item as the shortest has.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from topogpt import rng
-from topogpt.analysis import measures, own_stimuli, plots, stimuli
-from topogpt.analysis.activations import of_stimuli
+from topogpt.analysis import contrast, measures, own_stimuli, plots, stimuli
+from topogpt.analysis.activations import of_tokens, token_lists
 from topogpt.analysis.contrast import chosen, clusters_of, t_maps
-from topogpt.analysis.measures import smoothing, width
-from topogpt.analysis.nulls import moran_of_sheets
+from topogpt.analysis.measures import smoothing
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels, need
+from topogpt.analysis.shuffles import half_of
 from topogpt.analysis.subject import MapConfig, Subject, protocol_of
 from topogpt.drawing import draw_sheets, new_figure
 from topogpt.errors import UserError, check_at_least, run_main
+from topogpt.terminal import progress
 
 N_CLUSTERS = 12  # largest ones that are listed
+WHAT = "sentences - nonwords"
 PROFILE = {"S": "sentences", "W": "word lists", "J": "jabberwocky", "N": "nonword lists"}
 
 
@@ -41,6 +43,7 @@ class LocalizeConfig(MapConfig):
     profiles: str | None = None  # CSV with sentence, condition (S, W, J, N); None for both: in stimuli_dir
     top_percent: float | None = None  # take this share of units, the most selective, whatever their p
     magnitude: bool = False  # test |activation| instead of activation
+    match_length: bool = False  # pool over as many first tokens of every item as the shortest one has
     smallest_cluster: int = 10  # units; smaller ones are left out
 
     def __post_init__(self) -> None:
@@ -53,29 +56,32 @@ class LocalizeConfig(MapConfig):
 def analyse(cfg: LocalizeConfig, subject: Subject) -> Outcome:
     need("scipy")
     items, others = stimuli_of(cfg)
-    patterns = subject.on_grid(of_stimuli(cfg, subject, items))  # (S, n_items, h, w)
-    patterns = np.abs(patterns) if cfg.magnitude else patterns
-    a, b = patterns[:, items.where("S")], patterns[:, items.where("N")]
+    read, patterns, responses = patterns_of(cfg, subject, items, others)
+    sides = [items.where(condition) for condition in "SN"]
+    contrasted = contrast.items_of(items, patterns, *sides)
+    a, b = contrasted.sides
     found = t_maps(cfg, a, b, 0.0)
     network = chosen(found, cfg.top_percent)
-    responses = np.abs(subject.on_grid(of_stimuli(cfg, subject, others)))
     regions, labels_of_units = clusters_of(network, cfg.smallest_cluster), np.zeros(network.shape, np.int16)
     for k, (s, mask) in enumerate(regions, start=1):
         labels_of_units[s][mask] = k
     answers = responses.swapaxes(0, 1)  # (n_items, S, h, w)
-
-    def moran(fwhm: float) -> dict[str, Any]:
-        return moran_of_sheets(cfg, subject.sheets, (t_maps(cfg, a, b, fwhm) if fwhm else found).t, fwhm)
-
+    widths = progress(cfg.fwhm_mm, f"{subject.label}: Moran's I")
+    moran = {str(fwhm): contrast.mapped(cfg, subject.sheets, contrasted, fwhm).moran for fwhm in widths}
+    apart = contrast.told_apart(items, read, sides)
+    reversed_units = found.significant & (found.t < 0)
     results: dict[str, Any] = {
         "n_units": network.size,
         "n_network": int(network.sum()),
         "network_percent": 100 * float(network.mean()),
-        "n_reversed": int((found.significant & (found.t < 0)).sum()),
-        "n_items": [a.shape[1], b.shape[1]],
+        "n_reversed": int(reversed_units.sum()),
+        "significant_percent": 100 * float(found.significant.mean()),
+        "n_items": apart["n"],
+        "apart": apart,
         "by_sheet": {sheet: int(n) for sheet, n in zip(subject.sheets, network.sum((1, 2)), strict=True)},
-        "held_out": held_out(cfg, a, b),
-        "moran": {str(fwhm): moran(fwhm) for fwhm in cfg.fwhm_mm},
+        "held_out": held_out(cfg, contrasted),
+        "again": contrast.again(cfg, contrasted),
+        "moran": moran,
         "smoothness_tdann": dict(zip(subject.sheets, map(measures.smoothness_tdann, found.t), strict=True)),
         "profiles": {"network": profile(answers[:, network], others)} if network.any() else None,
         "clusters": [
@@ -86,11 +92,33 @@ def analyse(cfg: LocalizeConfig, subject: Subject) -> Outcome:
     arrays = {"t": found.t.astype(np.float32), "network": network.astype(np.uint8)}
     arrays |= {"clusters": labels_of_units}
     data = {items.source: items.sha256, others.source: others.sha256}
-    summary = {"units in the language network (%)": results["network_percent"]}
-    summary |= {f"Moran's I of t, {width(k)}": m["mean"] for k, m in results["moran"].items()}
-    summary = {stimuli.named(name, data): value for name, value in summary.items()}
-    protocol = protocol_of(cfg) | {"test": "Welch t, sentences - nonwords"}
+    percent = dict.fromkeys(moran, results["significant_percent"])
+    summary = contrast.summary_of(stimuli.named(WHAT, data), apart["n"], moran, percent)
+    if summary:
+        said = {"value": results["network_percent"], "higher to nonwords": 100 * float(reversed_units.mean())}
+        summary[stimuli.named("units of higher activation to sentences (%)", data)] = said
+    protocol = protocol_of(cfg) | {"test": f"Welch t, {WHAT}"}
     return Outcome(protocol, data, results, arrays, summary)
+
+
+class Read(NamedTuple):
+    lengths: list[int]  # tokens of each item of the localiser that were read
+    patterns: np.ndarray  # (S, n_items, h, w), what is tested
+    responses: np.ndarray  # (S, n_others, h, w), |activation| to the other items
+
+
+def patterns_of(cfg: LocalizeConfig, subject: Subject, *both: stimuli.Stimuli) -> Read:
+    """Activations on the localiser's items and on others."""
+    items, others = (token_lists(cfg, subject, found) for found in both)
+    if cfg.match_length:
+        shortest = min(map(len, items + others))
+        items, others = ([tokens[:shortest] for tokens in lists] for lists in (items, others))
+    on_items, on_others = (
+        subject.on_grid(of_tokens(subject.model, lists, cfg.pooling, subject.sheets))
+        for lists in (items, others)
+    )
+    patterns = np.abs(on_items) if cfg.magnitude else on_items
+    return Read([len(tokens) for tokens in items], patterns, np.abs(on_others))
 
 
 def stimuli_of(cfg: LocalizeConfig) -> tuple[stimuli.Stimuli, stimuli.Stimuli]:
@@ -110,14 +138,12 @@ def stimuli_of(cfg: LocalizeConfig) -> tuple[stimuli.Stimuli, stimuli.Stimuli]:
     return items, others
 
 
-def held_out(cfg: LocalizeConfig, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+def held_out(cfg: LocalizeConfig, items: contrast.Items) -> dict[str, Any]:
     """Choose the network on a random half of the items, and look at it on the other half."""
-    halves = []
-    for name, x in (("S", a), ("N", b)):
-        order = rng.permutation(x.shape[1], cfg.seed, "split", name)
-        halves.append((x[:, order[: len(order) // 2]], x[:, order[len(order) // 2 :]]))
-    (a1, a2), (b1, b2) = halves
-    if min(x.shape[1] for x in (a1, a2, b1, b2)) < 2:
+    half = half_of(items.first, items.pairs, cfg.seed)
+    groups = [items.patterns[:, side & of] for of in (half, ~half) for side in (items.first, ~items.first)]
+    a1, b1, a2, b2 = groups
+    if min(x.shape[1] for x in groups) < 2:
         return {"n_network": None}  # too few items to split
     here, there = t_maps(cfg, a1, b1, 0.0), t_maps(cfg, a2, b2, 0.0)
     network = chosen(here, cfg.top_percent)
@@ -132,7 +158,6 @@ def held_out(cfg: LocalizeConfig, a: np.ndarray, b: np.ndarray) -> dict[str, Any
         "significant_again_percent": 100 * float((there.significant & (there.t > 0))[network].mean()),
         "effect_size": float(d[network].mean()),  # Cohen's d
         "effect_size_outside": float(d[~network].mean()) if not network.all() else None,
-        "correlation_of_t": float(np.corrcoef(here.t.ravel(), there.t.ravel())[0, 1]),
     }
 
 
@@ -164,49 +189,97 @@ HELD_OUT = {
     "same_sign_percent": ("chosen on one half, sentences win on the other", 1, " %"),
     "effect_size": ("effect size on the other half (Cohen's d)", 3, ""),
     "effect_size_outside": ("effect size there of units outside the network", 3, ""),
-    "correlation_of_t": ("correlation of t between the halves", 3, ""),
 }
+
+
+ABOUT = (
+    "The language network: units whose signed activation is higher to sentences than to strings of "
+    "nonwords (localiser of Fedorenko et al. 2010; Welch t-test, false discovery rate over all units). It "
+    "says no more than that: a unit's sign is arbitrary in a language model, so about as many are higher "
+    "to nonwords. A selection looks selective on the items that chose it, so the lower rows choose on a "
+    "random half of the items and look at the other half."
+)
+ABOUT_NULLS = (
+    "Is the map about sentences and nonwords? The same items with shuffled labels (mean \u00b1 standard "
+    "deviation; p: share of shuffles that reach the value) show what the sheet does whatever the contrast,"
+    " white noise what a sheet without a map does. Effect: of the tenth of all units with the largest |t| "
+    "on half of the items; place: whether the t-values of all units repeat."
+)
+ABOUT_PROFILES = (
+    "What else the network answers to: mean |activation| (not the signed one that chose it) of its units "
+    "on other items, \u00b1 the standard error over items. Human language areas: sentences > word lists "
+    "and jabberwocky > nonwords."
+)
+ITEMS = "What else tells the items apart"
 
 
 def section(found: Sequence[Result]) -> Section:
     each = [r.results for r in found]
     rows = [
-        ["units in the network", *(r["n_network"] for r in each)],
+        ["units in the network (higher to sentences)", *(r["n_network"] for r in each)],
         ["share of all units", *(Number(r["network_percent"], 1, " %") for r in each)],
-        ["units that prefer nonwords", *(r["n_reversed"] for r in each)],
+        ["units that are higher to nonwords", *(r["n_reversed"] for r in each)],
+        ["share of all units", *(Number(100 * r["n_reversed"] / r["n_units"], 1, " %") for r in each)],
         ["clusters", *(len(r["clusters"]) for r in each)],
         ["units in the largest", *(max((k["size"] for k in r["clusters"]), default=0) for r in each)],
         ["Held-out items"],
     ]
     for key, (name, digits, unit) in HELD_OUT.items():
         rows.append([name, *(Number(r["held_out"].get(key), digits, unit) for r in each)])
-    rows.append(["Moran's I of t-maps"])
-    for fwhm, moran in each[0]["moran"].items():
-        values = [Number((r["moran"].get(fwhm) or {}).get("mean")) for r in each]
-        rows.append([f"{smoothing(fwhm)} (floor {moran['floor']:.3f})", *values])
-    beside = {"units": each[0]["n_network"], "of": each[0]["n_units"]}
-    shares, data = [r["network_percent"] for r in each], found[0].content["data_sha256"]
+    n = found[0].content["protocol"]["shuffles"]
+    head = [name for r in labels(found) for name in (r, "labels shuffled", "p")]
+    nulls = [
+        [f"Moran's I of t, {smoothing(fwhm)}", *beside(each, fwhm), moran["floor"]]
+        for fwhm, moran in each[0]["moran"].items()
+    ]
+    nulls += [[*row, None] for row in contrast.rows_of_again([r["again"] for r in each])]
+    name = stimuli.named("language network (S > N)", found[0].content["data_sha256"])
+    items = Table(contrast.APART_HEAD, [contrast.apart_row(WHAT, each[0]["apart"])], ITEMS)
     return Section(
         "Language network",
         [
-            "The language network: units that answer more to sentences than to strings of nonwords "
-            "(localiser of Fedorenko et al. 2010; Welch t-test, false discovery rate over all units). "
-            "A selection looks selective on the items that chose it, so the middle rows choose on a "
-            "random half of the items and look at the other half.",
-            Table([stimuli.named("language network (S > N)", data), *labels(found)], rows),
-            "What else the network answers to: mean |activation| of its units on other items, \u00b1 the "
-            "standard error over items. Human language areas: sentences > word lists and jabberwocky > "
-            "nonwords.",
+            ABOUT,
+            Table([name, *labels(found)], rows),
+            ABOUT_NULLS,
+            Table(["", *head, "white noise"], nulls, f"Beside {n} shuffles of the item labels"),
+            items,
+            ABOUT_PROFILES,
             profiles(found),
             *(clusters(r) for r in found if r.results["clusters"]),
         ],
-        [
-            f"{r.label}: no cluster of the network is large enough to be listed."
-            for r in found
-            if not r.results["clusters"]
-        ],
-        [Card("Language network", stimuli.named("share of all units", data), shares, beside, 1, " %")],
+        list(warnings_of(found)),
+        cards(found),
     )
+
+
+def beside(each: Sequence[dict[str, Any]], fwhm: str) -> list[Number]:
+    """Moran's I of each model's t-map beside shuffled labels."""
+    return [cell for r in each for cell in contrast.beside_cells(r["moran"].get(fwhm, {}).get("labels"))]
+
+
+def warnings_of(found: Sequence[Result]) -> Iterator[str]:
+    yield from contrast.warnings_of(WHAT, apart := found[0].results["apart"])
+    if max(apart["tokens"]) > contrast.LONGER * min(apart["tokens"]):
+        yield "--match_length reads as many tokens of each."
+    for r in found:
+        if not r.results["clusters"]:
+            yield f"{r.label}: no cluster of the network is large enough to be listed."
+
+
+def cards(found: Sequence[Result]) -> list[Card]:
+    """Moran's I of the t-maps with the widest readout beside its shuffled labels, and the network's size."""
+    first = found[0].results
+    fwhm = max(first["moran"], key=float)
+    morans = [r.results["moran"][fwhm] for r in found if fwhm in r.results["moran"]]
+    made = contrast.card(morans, first["n_items"], first["significant_percent"])
+    if made is None:
+        return []
+    shares = [r.results["network_percent"] for r in found]
+    beside = {"higher to nonwords": 100 * first["n_reversed"] / first["n_units"]}
+    what = stimuli.named("share of units higher to sentences", found[0].content["data_sha256"])
+    network = Card("Language network", what, shares, beside, 1, " %")
+    grey = "" if first["n_network"] else "No unit is significant."
+    return [made._replace(what=f"{WHAT}, {smoothing(fwhm)}"), network._replace(grey=grey)]
 
 
 def profiles(found: Sequence[Result]) -> Table:

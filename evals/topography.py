@@ -213,7 +213,10 @@ def cards(found: Sequence[Result]) -> list[Card]:
     for fwhm in dict.fromkeys([next(iter(first)), list(first)[-1]]):
         values = [r.results["moran"][fwhm]["mean"] for r in found]
         what = f"single-token maps, {smoothing(fwhm)}"
-        made.append(Card("Moran's I", what, values, {"no map": first[fwhm]["floor"]}))
+        # maps of one text are not independent: as if each sheet had one
+        reach = first[fwhm]["floor"] + 2 * first[fwhm]["floor_sd"] * found[0].arrays["maps"].shape[1] ** 0.5
+        grey = "" if values[0] > reach else "White noise reaches it: no map."
+        made.append(Card("Moran's I", what, values, {"no map": first[fwhm]["floor"]}, grey=grey))
     values = [r.results["spatial_loss"]["mean"] for r in found]
     return [*made, Card("Spatial loss", "per sheet, all neighbourhoods", values, {"independent": 0.5})]
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from topogpt import rng
 
+N_MAPS = 64  # single tokens whose maps an evaluation in training averages Moran's I over
 N_NOISE = 500  # white-noise maps whose Moran's I is the floor
 
 # Which sheets a model has: the outputs of each branch ("layer.3.attn", "layer.3.mlp"); of each c_fc, before

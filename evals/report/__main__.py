@@ -20,7 +20,7 @@ from evals.report.page import Image, Part
 from topogpt.analysis import own_stimuli, section, stimuli
 from topogpt.analysis.results import Result, kind_of, read
 from topogpt.analysis.section import Analysis
-from topogpt.analysis.subject import ELSEWHERE, EvalConfig, Subject, load_subjects
+from topogpt.analysis.subject import ELSEWHERE, EvalConfig, load_subjects
 from topogpt.config import parse
 from topogpt.errors import UserError, check_at_least, run_main
 from topogpt.files import write_text
@@ -69,24 +69,12 @@ def main(argv: list[str]) -> None:
     analyses = section.discover(evals)
     cfg = parse(config_with(analyses), argv, prog="python -m evals.report")
     subjects = load_subjects(cfg)
-    check_matched(subjects)
     texts = reader.choose_texts(subjects, cfg.texts, cfg.budget, cfg.vocab_dir)
     models = [Model(*named, i) for i, named in enumerate(zip(cfg.sources, subjects, strict=True))]
     found = [shown(cfg, name, analyses[kind_of(name)], models) for name in names(cfg, analyses, models)]
     path = subjects[0].results / "report.html"
     write_text(path, html_of(cfg, models, found, texts))
     say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
-
-
-def check_matched(subjects: Sequence[Subject]) -> None:
-    """The reader shows both on the same tokens and sheets."""
-    for key in ("n_layer", "n_embd", "vocab_size"):
-        values = [getattr(s.model.cfg, key) for s in subjects]
-        if len(set(values)) > 1:
-            raise UserError(
-                f"{subjects[0].label} has {key} {values[0]}, but control {subjects[1].label} has "
-                f"{values[1]}; give its matched control"
-            )
 
 
 # ---- results of the analyses ---------------------------------------------------------------------
@@ -203,6 +191,7 @@ def html_of(cfg: ReportConfig, models: Sequence[Model], found: Sequence[Shown], 
     return page.render(
         models=models,
         lead=overview.lead(models[0]),
+        notes=overview.notes(models),
         cards=[*overview.cards(models), *(card for said in sections for card in said.cards)],
         training=overview.training(models, cfg.figures),
         sections=[

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evals.report.page import Image
-from topogpt.analysis import nulls
+from topogpt.analysis import matching, nulls
 from topogpt.analysis.section import Card, Label, need
 from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
@@ -65,12 +65,20 @@ def lead(model: Model) -> str:
     return f"{text}."
 
 
+def notes(models: Sequence[Model]) -> list[str]:
+    """What a reader must know before anything else: untrained, interrupted, a control that is none."""
+    return [f"{line}." for line in matching.notes([model.subject for model in models])]
+
+
 def cards(models: Sequence[Model]) -> list[Card]:
     values = [evaluation_of(model).get("cross_entropy") for model in models]
     if values[0] is None:
         return []
     blind = math.log(models[0].subject.model.cfg.n_vocab)
-    return [Card("Cross-entropy", "validation text, nats per token", values, {"blind guess": blind})]
+    grey = "" if values[0] < blind else "No better than a blind guess."
+    return [
+        Card("Cross-entropy", "validation text, nats per token", values, {"blind guess": blind}, grey=grey)
+    ]
 
 
 # ---- training ------------------------------------------------------------------------------------

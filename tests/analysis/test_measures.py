@@ -19,6 +19,7 @@ from parity import make_moran
 
 from topogpt import rng, topo
 from topogpt.analysis import measures, nulls
+from topogpt.analysis.subject import MoranConfig
 
 pytest.importorskip("scipy")
 RELEASED = tiny.ROOT.parent / "shared" / "data" / "reference" / "topolm"
@@ -334,9 +335,36 @@ def test_morans_i_knows_neither_unit_nor_offset_nor_sign(seed, factor, negate, o
 # ---- Moran's I: the floor ------------------------------------------------------------------------
 
 
+def test_the_floor_of_token_maps_is_not_that_of_t_maps():
+    """Smoothed noise varies more at the border, where fewer cells are averaged; t-values do not."""
+    noise = measures.smooth(normal(4000, 12, 12), 2.0)
+    of_tokens = topo.morans_i(noise).mean()
+    of_t = topo.morans_i(noise / noise.std(0)).mean()
+    assert of_t - of_tokens > 0.005
+    for kind, expected in ((False, of_tokens), (True, of_t)):
+        found = nulls.noise_morans(12, 12, 2.0, 1.0, "queen", 4000, 1, of_t=kind).mean()
+        assert found == pytest.approx(expected, abs=0.004)
+    cfg = MoranConfig(run="-")
+    assert nulls.moran_of_sheets(cfg, ["a"], noise[None, :64], 2.0)["floor"] < of_t - 0.004
+
+
+def test_the_band_of_a_mean_is_that_of_as_many_maps():
+    """64 maps a sheet on 4 sheets: of white noise alone, their means spread by an eighth and a sixteenth."""
+    cfg = MoranConfig(run="-")
+    noise = normal(200, 4, 64, 6, 6)
+    of_one = nulls.moran(noise[0, 0, 0], 0.0)
+    found = nulls.moran_of_sheets(cfg, list("abcd"), noise[0], 0.0)
+    sheet, each = found["by_sheet"]["a"], topo.morans_i(noise).mean(2)  # (200, 4)
+    assert of_one.floor_sd == pytest.approx(topo.morans_i(noise[0]).std(), rel=0.15)
+    assert sheet["floor_sd"] == pytest.approx(each.std(), rel=0.15)
+    assert found["floor_sd"] == pytest.approx(each.mean(1).std(), rel=0.2)
+    p = [nulls.moran(noise[k, 0], 0.0).p_floor for k in range(100)]
+    assert 0.3 < np.mean(p) < 0.7 and min(p) < 0.1 < 0.9 < max(p)  # evenly spread, as p is under the null
+
+
 @pytest.mark.parametrize("fwhm, published", [(0.0, -1 / 783), (1.0, 0.074), (2.0, 0.608)])
 def test_the_floor_is_the_published_one_of_smoothed_noise(fwhm, published):
-    found = nulls.moran(MAPS["gradient"], fwhm)
+    found = nulls.moran(MAPS["gradient"], fwhm, of_t=True)
     assert found.floor == pytest.approx(published, abs=0.01)
     assert 0.01 < found.floor_sd < 0.04 and found.p_floor == 0.001
 
@@ -353,16 +381,15 @@ def test_the_floor_follows_from_the_covariance_of_smoothed_noise(h, w, fwhm, con
     centred -= centred.mean(1, keepdims=True)
     found = measures.edges(h, w, contiguity)
     expected = (centred[found.i, found.j] * found.weight).sum() / centred.trace()
-    assert nulls.noise_morans(h, w, fwhm, 1.0, contiguity, 999, 0).mean() == pytest.approx(
-        expected, abs=0.005
-    )
+    noise = nulls.noise_morans(h, w, fwhm, 1.0, contiguity, 999, 0, of_t=True)
+    assert noise.mean() == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("fwhm", [1.0, 2.0])
 def test_the_floor_is_that_of_t_maps_of_noise(fwhm):
     groups = [measures.smooth(normal(80, 24, 28, 28, seed=seed), fwhm) for seed in (0, 1)]
     of_t = topo.morans_i(measures.welch(*groups).t)
-    noise = nulls.noise_morans(28, 28, fwhm, 1.0, "queen", 999, 0)
+    noise = nulls.noise_morans(28, 28, fwhm, 1.0, "queen", 999, 0, of_t=True)
     error = math.hypot(of_t.std(ddof=1) / math.sqrt(24), noise.std() / math.sqrt(999))
     assert abs(of_t.mean() - noise.mean()) < 4 * error < 0.03
     assert of_t.std() == pytest.approx(noise.std(), rel=0.6)

@@ -5,7 +5,9 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import items
 import numpy as np
@@ -22,7 +24,7 @@ from evals.localize import LocalizeConfig
 from evals.topography import TopographyConfig
 from topogpt import topo
 from topogpt.analysis import activations, heldout, measures, reading
-from topogpt.analysis.contrast import t_maps
+from topogpt.analysis.contrast import Items, t_maps
 from topogpt.analysis.results import read
 from topogpt.analysis.stimuli import Stimuli
 from topogpt.analysis.subject import Subject, load_subject
@@ -84,7 +86,8 @@ def test_every_analysis_leaves_numbers_arrays_and_figures(analysed, runs):
     for folder in analysed:
         for name in ("topography", "contrasts", "localize"):
             content = read(folder, name).content
-            assert content["analysis"] == name and content["results"] and content["summary"]
+            assert content["analysis"] == name and content["results"]
+            assert bool(content["summary"]) == (name == "topography")  # the others have too few items
             assert content["model"]["sheets"] == sheet_names(2) and content["model"]["grid"] == [5, 5]
             assert re.fullmatch("[0-9a-f]{64}", content["model"]["weights_sha256"])
             assert all(re.fullmatch("[0-9a-f]{64}", sha) for sha in content["data_sha256"].values())
@@ -92,7 +95,7 @@ def test_every_analysis_leaves_numbers_arrays_and_figures(analysed, runs):
             assert "NaN" not in (folder / f"{name}.json").read_text()
     drawn = {path.name for path in analysed[0].glob("*.png")}
     assert drawn == {path.with_suffix(".png").name for path in analysed[0].glob("*.svg")}
-    assert len(drawn) == 3 + 6 + 3
+    assert len(drawn) == 3 + 7 + 3
     assert not list(analysed[1].glob("*.png"))  # the control is drawn beside the model
 
 
@@ -102,21 +105,18 @@ def test_the_tables_show_model_control_and_floor(runs, stimuli, capsys):
     said = capsys.readouterr().out
     lines = said.splitlines()
     head = next(line for line in lines if line.startswith("readout "))
-    for word in (
-        "topographic: I",
-        "control: I",
-        "floor",
-        "TopoLM",
-        "its control",
-        "topographic: significant",
-    ):
+    for word in ("topographic", "control", "labels shuffled", "white noise", "TopoLM", "its control"):
         assert word in head
+    assert sum(line.startswith("significant units, raw") for line in lines) == 6
+    assert any("to (100%)" in line and "the (100%)" in line for line in lines)
+    assert "verb pairs - noun pairs: 4 and 4 items; fewer than 20 on a side carry no headline" in lines
     at = next(i for i, line in enumerate(lines) if line.startswith("verb pairs - noun pairs"))
     row = lines[at + 1].split()
     assert row[0] == "raw"
     value = read(runs[0] / "evals", "contrasts").results["contrasts"]["hauptman_verb-noun"]["moran"]["0.0"]
     assert f"{value['mean']:.3f}" in row and f"{value['floor']:.3f}" in row
-    smoothed = [line for line in lines if line.startswith("FWHM 2 mm")][-1].split()
+    assert value["labels"]["value"] == value["mean"] and f"{value['labels']['p']:.3f}" in row
+    smoothed = [line for line in lines[at:] if line.startswith("FWHM 2 mm")][0].split()
     assert "0.815" in smoothed and "0.604" in smoothed  # published
 
 
@@ -285,10 +285,13 @@ def test_the_published_contrasts_have_their_items_and_signs():
         "moseley_abstract-concrete": (80, 80),
         "moseley_noun-verb": (80, 80),
         "hauptman_verb-noun": (288, 288),
+        "hauptman_content": (288, 288),
     }
-    assert found.keys() == contrasts.PUBLISHED.keys()
+    assert found.keys() - contrasts.PUBLISHED.keys() == {"hauptman_content"}
     pairs = found["hauptman_verb-noun"]
     assert pairs.source.items[int(pairs.source.where(pairs.first).argmax())].startswith("to ")  # verb - noun
+    content = found["hauptman_content"].source.items
+    assert content[0] == "garage rink" and not {"the", "to"} & {w for item in content for w in item.split()}
 
 
 def test_published_values_are_the_means_of_the_released_files():
@@ -365,6 +368,10 @@ def planted(n: int = 30) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
+def both(a: np.ndarray, b: np.ndarray) -> Items:
+    return Items(np.concatenate([a, b], 1), np.arange(a.shape[1] + b.shape[1]) < a.shape[1], None)
+
+
 def test_the_network_is_what_answers_to_sentences_and_nothing_else():
     cfg = LocalizeConfig(run="-")
     found = t_maps(cfg, *planted(), 0.0)
@@ -379,12 +386,12 @@ def test_the_network_is_what_answers_to_sentences_and_nothing_else():
 
 def test_selectivity_is_checked_on_items_that_did_not_choose():
     a, b = planted(40)
-    found = localize.held_out(LocalizeConfig(run="-"), a, b)
+    found = localize.held_out(LocalizeConfig(run="-"), both(a, b))
     assert found["n_network"] == 18
     assert found["same_sign_percent"] == found["significant_again_percent"] == 100
     assert found["effect_size"] == pytest.approx(3, abs=0.5) and abs(found["effect_size_outside"]) < 1.5
     noise = np.random.default_rng(1).standard_normal((2, 2, 40, 6, 6))
-    by_chance = localize.held_out(LocalizeConfig(run="-", top_percent=20), *noise)
+    by_chance = localize.held_out(LocalizeConfig(run="-", top_percent=20), both(*noise))
     assert by_chance["significant_again_percent"] < 10 and abs(by_chance["effect_size"]) < 0.3
 
 
@@ -409,6 +416,30 @@ def test_the_localizer_writes_network_profiles_and_clusters(analysed):
         assert (arrays["clusters"][s] == k).sum() == cluster["size"] >= 2
         assert arrays["t"][s, cluster["row"], cluster["column"]] == pytest.approx(cluster["peak_t"], rel=1e-5)
     assert (arrays["clusters"] > 0).sum() == sum(c["size"] for c in found["clusters"])
+
+
+def test_matched_lengths_read_as_many_first_tokens_of_every_item(runs, stimuli):
+    """The shortest item of both sets counts; what follows in an item is not read."""
+    cfg = LocalizeConfig(run=str(runs[0]), stimuli_dir=str(stimuli), match_length=True)
+    subject, both_sets = load_subject(cfg, cfg.run), localize.stimuli_of(cfg)
+    lengths = [len(texts.load().encode(item)) for found in both_sets for item in found.items]
+    read = localize.patterns_of(cfg, subject, *both_sets)
+    assert set(read.lengths) == {min(lengths)} and max(lengths) > 2 * min(lengths)
+    first = texts.load().encode(both_sets[0].items[3])[: min(lengths)].astype(np.int64)
+    alone = subject.on_grid(activations.of_tokens(subject.model, [first], "mean", subject.sheets))
+    np.testing.assert_allclose(read.patterns[:, 3], alone[:, 0], atol=1e-5)
+    whole = localize.patterns_of(replace(cfg, match_length=False), subject, *both_sets)
+    assert not np.allclose(whole.patterns[:, 3], alone[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("value, grey", [(0.05, False), (0.01, True)])
+def test_a_map_that_white_noise_reaches_is_no_headline(value, grey):
+    """Of 4 sheets and 64 maps; its band is that of one map a sheet, as maps of one text are alike."""
+    moran = {"0.0": {"mean": value, "floor": 0.0, "floor_sd": 0.002}}
+    results = {"moran": moran, "spatial_loss": {"mean": 0.5}}
+    found = SimpleNamespace(results=results, arrays={"maps": np.zeros((4, 64, 2, 2))})
+    card = topography.cards([found])[0]
+    assert card.values == [value] and (card.grey == "White noise reaches it: no map.") == grey
 
 
 def test_a_localizer_without_nonwords_is_one_line(runs, stimuli, tmp_path):
@@ -446,7 +477,7 @@ def test_a_wrong_setting_is_one_line(case):
 
 def test_results_of_another_format_are_not_read(tmp_path):
     (tmp_path / "contrasts.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(UserError, match="no topogpt-eval-1.*python -m evals.contrasts"):
+    with pytest.raises(UserError, match="no topogpt-eval-2.*python -m evals.contrasts"):
         read(tmp_path, "contrasts")
     with pytest.raises(UserError, match="it is not there"):
         read(tmp_path, "localize")

@@ -33,8 +33,8 @@ from evals.report import overview, page, reader
 from topogpt import topo
 from topogpt.analysis import nulls, section
 from topogpt.analysis.results import read
-from topogpt.analysis.section import Number, Table
-from topogpt.analysis.subject import load_subject
+from topogpt.analysis.section import Card, Number, Table
+from topogpt.analysis.subject import EvalConfig, load_subject
 from topogpt.config import parse
 from topogpt.errors import UserError
 from topogpt.sharing import export
@@ -271,7 +271,7 @@ def test_contrasts_of_the_users_own_stand_beside_the_published_ones(alone, stimu
     written = (alone / "evals" / "report.html").read_text(encoding="utf-8")
     theirs, ours = (section_of(written, name) for name in ("contrasts", "contrasts-music"))
     assert "music - speech (2 and 2 items)" in ours and ours.count("<img") == 2
-    assert "music" not in theirs and theirs.count("<img") == 6
+    assert "music" not in theirs and theirs.count("<img") == 7
     assert f"--stimuli {path}" in section_of(written, "provenance")
 
 
@@ -368,6 +368,30 @@ def test_curves_are_of_the_record_and_beside_what_no_map_reaches(tmp_path):
     assert null.get_label() == "no map"
     assert null.get_ydata()[0] == nulls.noise_morans(12, 12, 0.0, 1.0, "queen", 999, 0).mean()
     assert overview.draw_training(models[:1]).axes[0].get_xlim()[0] == 0
+
+
+def test_a_grey_card_says_why(tmp_path):
+    macro = page.templates().get_template("parts.html.jinja").module.card
+    grey = macro(Card("a", "b", [0.5], {"p": 0.4}, grey="Shuffled labels reach it."))
+    assert 'class="card grey"' in grey and "Shuffled labels reach it." in grey
+    assert "grey" not in macro(Card("a", "b", [0.5], {"p": 0.01}))
+
+
+def test_what_must_be_known_first_stands_above_the_cards(runs, alone, stimuli):
+    lines = overview.notes([report.Model(str(alone), load_subject(EvalConfig(run=str(alone)), str(alone)))])
+    assert lines == ["alone: the run was interrupted or still runs, at 8 of 18 steps."]
+    values = {"lead": "", "training": SimpleNamespace(notes=[], images=[]), "sections": [], "facts": {}}
+    values |= {
+        "reader_notes": [],
+        "reader_data": None,
+        "results": [],
+        "done": [],
+        "commands": [],
+        "details": [],
+    }
+    cards, subject = [Card("a", "b", [1.0], {})], SimpleNamespace(label="m")
+    made = page.render(models=[subject], notes=lines, cards=cards, **values)
+    assert made.index(lines[0]) < made.index('class="cards"')
 
 
 def test_table_escapes_and_puts_numbers_right():

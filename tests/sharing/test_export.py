@@ -563,6 +563,19 @@ def test_the_card_shows_evaluations_and_the_picture(tmp_path):
     assert 'snapshot_download("alice/maps")' in card(folder)
 
 
+def test_the_card_puts_numbers_beside_their_nulls_and_says_what_is_untrained(tmp_path):
+    run = tiny.random_run(tmp_path, vocab_size=64, step=0)
+    (run / "evals").mkdir()
+    said = {"Moran's I of a - b": {"value": 0.78, "item labels shuffled": 0.778, "p": 0.43}, "x": 2.0}
+    (run / "evals" / "contrasts.json").write_text(json.dumps({"summary": said, "results": {"y": 1}}))
+    text = card(export.export(run))
+    assert "| contrasts | Moran's I of a - b | 0.78 (item labels shuffled 0.778, p 0.43) |" in text
+    assert "| contrasts | x | 2 |" in text and "shuffled\nlabels" in text
+    assert "**It is untrained:** these are the weights of step 0." in text
+    floor, sd = modelcard.noise_floor(4, 4)
+    assert f"white noise on this 4x4 grid: {floor:.3f} +- {sd / (4 * 48) ** 0.5:.3f}" in text  # 4 sheets
+
+
 def test_the_noise_floor_is_about_zero():
     mean, spread = modelcard.noise_floor(28, 28)
     assert abs(mean) < 0.01 and 0.01 < spread < 0.03

@@ -70,9 +70,6 @@ def member(source: str, state: Mapping[str, Any], records: Sequence[Mapping[str,
     if not found:
         steps = ", ".join(str(record["step"]) for record in records[-8:])
         raise UserError(f"run {source} was not evaluated at step {at['step']}, only at {steps}")
-    last, stops = records[-1]["step"], config["patience"]
-    early = 0 < stops <= rises([record["cross_entropy"] for record in records])
-    stopped = None if early or last >= config["max_steps"] else f"{last} of {config['max_steps']} steps"
     texts = {
         key: state["data"].get(key) or " ".join(config[key]) for key in ("train_data_dir", "val_data_dir")
     }
@@ -86,8 +83,15 @@ def member(source: str, state: Mapping[str, Any], records: Sequence[Mapping[str,
         config["val_tokens"],
         at["step"],
         found[-1]["cross_entropy"],
-        stopped,
+        unfinished(config, records),
     )
+
+
+def unfinished(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str | None:
+    """How far a run came by its evaluations, where it neither reached its last step nor stopped by itself."""
+    last, stops = records[-1]["step"], config["patience"]
+    early = 0 < stops <= rises([record["cross_entropy"] for record in records])
+    return None if early or last >= config["max_steps"] else f"{last} of {config['max_steps']} steps"
 
 
 def rises(losses: Sequence[float]) -> int:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Contiguity = Literal["queen", "rook"]
+ROUNDING = float(np.finfo(np.float32).eps)  # of activations, relative to the largest of a unit
 
 
 # ---- smoothing -----------------------------------------------------------------------------------
@@ -64,8 +65,7 @@ def welch(a: np.ndarray, b: np.ndarray) -> TTest:
     assert min(len(a), len(b)) > 1, "a group of one has no variance"
     largest = np.maximum(np.abs(a).max(0), np.abs(b).max(0)).astype(np.float64)
     a, b = (x / np.where(largest > 0, largest, 1.0) for x in (a, b))
-    rounding = float(np.finfo(np.float32).eps)
-    of_a, of_b = (np.maximum(x.var(0, ddof=1), rounding**2) / len(x) for x in (a, b))
+    of_a, of_b = (np.maximum(x.var(0, ddof=1), ROUNDING**2) / len(x) for x in (a, b))
     t = (a.mean(0) - b.mean(0)) / np.sqrt(of_a + of_b)
     freedom = (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
     return TTest(t, 2 * special.stdtr(freedom, -np.abs(t)))

@@ -20,7 +20,7 @@ from topogpt.analysis.subject import Subject
 from topogpt.errors import UserError
 from topogpt.files import write_bytes, write_json
 
-FORMAT = "topogpt-eval-1"
+FORMAT = "topogpt-eval-2"
 
 
 class Outcome(NamedTuple):
@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     data: dict[str, str]  # file or corpus -> SHA-256
     results: dict[str, Any]  # numbers
     arrays: dict[str, np.ndarray]  # what figures need besides
-    summary: dict[str, float] = {}  # the few numbers that a model card shows
+    summary: dict[str, Any] = {}  # the few numbers that a model card shows; or {"value": x, null: its value}
 
 
 @dataclass(frozen=True)

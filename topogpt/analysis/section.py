@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from topogpt.analysis import results, stimuli
+from topogpt.analysis.matching import notes
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.subject import EvalConfig, Subject, load_subjects
 from topogpt.config import parse
@@ -84,6 +85,7 @@ class Card(NamedTuple):
     beside: dict[str, float]
     digits: int = 3
     unit: str = ""
+    grey: str = ""  # why its null does not allow it as a finding; it is shown grey, with this
 
 
 class Section(NamedTuple):
@@ -154,7 +156,10 @@ class Analysis:
     def main(self, argv: list[str]) -> None:
         """For the model, then its control, analyse and save; print the tables; draw."""
         cfg, found = parse(self.config, argv, prog=f"python -m evals.{self.name}"), []
-        for subject in load_subjects(cfg):
+        subjects = load_subjects(cfg)
+        for line in notes(subjects):
+            say(f"note: {line}")
+        for subject in subjects:
             found.append(results.read(subject.results, self.save(cfg, subject)))
         show(self.said(found))
         say(f"numbers: {found[0].folder / found[0].content['analysis']}.json")

@@ -32,6 +32,7 @@ class Stimuli(NamedTuple):
     items: list[str]
     conditions: list[str]  # of each item
     sha256: str  # of the file; of a folder: of its files' names and hashes
+    pairs: list[str] | None = None  # of each item: which belong together, so that labels are shuffled within
 
     def where(self, condition: str | Callable[[str], bool]) -> np.ndarray:
         """Which items belong to a condition, or to those that a function picks, (n_items,) bool."""
@@ -39,9 +40,17 @@ class Stimuli(NamedTuple):
         return np.array([picks(c) for c in self.conditions])
 
 
-def read(path: Path, item: Sequence[str] = ("item",), condition: Sequence[str] = ("condition",)) -> Stimuli:
-    """Items of a CSV file; several columns of an item are joined by a space, of a condition by `_`."""
-    rows = read_rows(path, [*item, *condition])
+def read(
+    path: Path,
+    item: Sequence[str] = ("item",),
+    condition: Sequence[str] = ("condition",),
+    pair: str | None = None,
+) -> Stimuli:
+    """Items of a CSV file; several columns of an item are joined by a space, of a condition by `_`.
+
+    pair: a column that says which items belong together, if there is one.
+    """
+    rows = read_rows(path, [*item, *condition, *([pair] if pair else [])])
     items = [" ".join(row[key].strip() for key in item).strip() for _, row in rows]
     for (line, _), text in zip(rows, items, strict=True):
         if not text:
@@ -49,7 +58,8 @@ def read(path: Path, item: Sequence[str] = ("item",), condition: Sequence[str] =
                 f"{path}, line {line}: the item is empty, so it has no tokens; fill it or delete it"
             )
     conditions = ["_".join(row[key].strip() for key in condition) for _, row in rows]
-    return Stimuli(str(path), items, conditions, sha256(path))
+    pairs = [row[pair].strip() for _, row in rows] if pair else None
+    return Stimuli(str(path), items, conditions, sha256(path), pairs)
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
@@ -135,3 +145,9 @@ def moseley(path: Path) -> Stimuli:
 def hauptman(path: Path) -> Stimuli:
     """Pairs like "the garage the rink" and "to slurp to lick" (Hauptman et al. 2024): noun and verb."""
     return read(path, ["pair"], ["class"])
+
+
+def content_words(found: Stimuli) -> Stimuli:
+    """The same items without "the" and "to", which tell Hauptman's pairs apart by themselves."""
+    items = [" ".join(word for word in item.split() if word not in ("the", "to")) for item in found.items]
+    return found._replace(source=f"{found.source}, content words", items=items)

@@ -84,10 +84,12 @@ class MapConfig(PoolingConfig, MoranConfig):
     """How maps of contrasts between items are made and tested."""
 
     alpha: float = 0.05  # level of the false discovery rate over all units of all sheets
+    shuffles: int = 300  # of the items' labels: what a map's Moran's I is compared with
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self.alpha)
+        check_at_least("shuffles", self.shuffles, 1)
 
 
 def check_alpha(alpha: float) -> None:
@@ -147,10 +149,23 @@ class Subject(NamedTuple):
 
 
 def load_subjects(cfg: EvalConfig) -> list[Subject]:
-    """The model, and its control on the same sheets."""
+    """The model, and its control on the same sheets; UserError where that has another shape."""
     model = load_subject(cfg, cfg.run)
-    on_the_same = replace(cfg, layout=model.layout)
-    return [model] if cfg.control is None else [model, load_subject(on_the_same, cfg.control)]
+    if cfg.control is None:
+        return [model]
+    control = load_subject(replace(cfg, layout=model.layout), cfg.control)
+    shapes = [
+        {key: getattr(s.model.cfg, key) for key in ("n_layer", "n_embd", "vocab_size")}
+        | {"sheets of": "{}x{}".format(*s.grid)}
+        for s in (model, control)
+    ]
+    for key, value in shapes[0].items():
+        if shapes[1][key] != value:
+            raise UserError(
+                f"{model.label} has {key} {value}, but control {control.label} has {shapes[1][key]}; give "
+                "its matched control"
+            )
+    return [model, control]
 
 
 def load_subject(cfg: EvalConfig, source: str) -> Subject:

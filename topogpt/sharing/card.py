@@ -10,7 +10,7 @@ from topogpt.files import read_json
 from topogpt.runs.folder import read_metrics
 from topogpt.settings import N_VOCAB
 from topogpt.spatial.schedule import losses_in_words
-from topogpt.topo import N_NOISE, noise_floor
+from topogpt.topo import N_MAPS, noise_floor
 
 if TYPE_CHECKING:
     from topogpt.runs.checkpoint import LoadedRun
@@ -61,8 +61,15 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
         tokens=step * cfg["batch_size"] * model.block_size,
         value=value, evaluations=evaluations, compressed=compressed, n_vocab=n_vocab, blind=math.log(n_vocab),
         perplexity=perplexity(value["cross_entropy"]) if value else None,
-        floor=noise_floor(h, w), N_NOISE=N_NOISE, starts=read_starts(run), thousands="{:,}".format,
+        floor=floor_of_mean(h, w, model.block_size, len(loaded.positions)),
+        starts=read_starts(run), thousands="{:,}".format,
     )  # fmt: skip
+
+
+def floor_of_mean(h: int, w: int, n_tokens: int, n_sheets: int) -> tuple[float, float]:
+    """Mean of white noise's Moran's I, and the spread of a mean over as many maps as an evaluation takes."""
+    floor, sd = noise_floor(h, w)
+    return floor, sd / math.sqrt(n_sheets * min(N_MAPS, n_tokens))
 
 
 def front_matter(name: str, data: Data, value: dict[str, Any] | None, model_type: str) -> str:
@@ -149,10 +156,18 @@ def read_evaluations(run: Path) -> list[tuple[str, str, str]]:
     rows = []
     for path in sorted((run / "evals").glob("*.json")):
         content = read_json(path)
-        rows += [
-            (path.stem, key, f"{number:.4g}") for key, number in numbers(content.get("summary", content))
-        ]
+        summary = content.get("summary", content)
+        beside = {key: said for key, said in summary.items() if isinstance(said, dict) and "value" in said}
+        rows += [(path.stem, key, beside_nulls(said)) for key, said in beside.items()]
+        others = {key: said for key, said in summary.items() if key not in beside}
+        rows += [(path.stem, key, f"{number:.4g}") for key, number in numbers(others)]
     return rows
+
+
+def beside_nulls(said: dict[str, float]) -> str:
+    """A value of a summary, and what it is compared with: 0.78 (item labels shuffled 0.778, p 0.43)."""
+    nulls = ", ".join(f"{name} {number:.3g}" for name, number in said.items() if name != "value")
+    return f"{said['value']:.4g} ({nulls})"
 
 
 def numbers(content: Any, prefix: str = "", depth: int = 2) -> list[tuple[str, float]]:

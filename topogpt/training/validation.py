@@ -13,7 +13,6 @@ from topogpt.training.log import RunLog
 from topogpt.training.progress import total_loss
 from topogpt.training.setup import Training
 
-N_MAPS = 64  # tokens of the first validation text whose maps are looked at
 # takes the place of the step where neighbourhoods are chosen: the same ones at every evaluation
 VALIDATION = -1
 
@@ -50,7 +49,7 @@ def report(t: Training, values: Values, corpus: Corpus, run: Path, log: RunLog) 
         return
     cfg, state = t.cfg, t.state
     text = corpus.window(0, min(cfg.model.block_size, corpus.n_tokens)).astype("int64")
-    grids = maps.token_maps(t.model, torch.from_numpy(text), t.objective.positions, N_MAPS)
+    grids = maps.token_maps(t.model, torch.from_numpy(text), t.objective.positions, topo.N_MAPS)
     by_sheet = topo.mean_morans_i(grids)
     moran = sum(by_sheet.values()) / len(by_sheet)
     with torch.no_grad():
