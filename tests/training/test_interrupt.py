@@ -46,7 +46,7 @@ def signals_at(step: int, *signals: int, broken: Callable[[], int] | None = None
         if (values["split"], values["step"]) == ("train", step):
             if broken:
                 stdout = broken()
-                for stream in (1, 2):
+                for stream in (1, 2, sys.stdout.fileno()):
                     os.dup2(stdout, stream)
             for number in signals:
                 os.kill(os.getpid(), number)
