@@ -255,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
 def serve(monkeypatch: Any, tmp_path: Any) -> Iterator[FakeHub]:
     """A Hub of our own, where alice is logged in and to which the Hub's client talks; nobody really waits."""
     import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     from topogpt.sharing import push
 
@@ -269,7 +269,7 @@ def serve(monkeypatch: Any, tmp_path: Any) -> Iterator[FakeHub]:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(time, "sleep", lambda seconds: server.waits.append(seconds))
         monkeypatch.setattr(push, "TIMEOUTS", (1.0, 0.3, 1.0, 1.0))
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         server.waits = []
         yield server
         server.shutdown()

@@ -120,9 +120,16 @@ def losses_of_steps(model: Any, tokens: Any) -> list[float]:
 
 
 def random_run(
-    out: Path, name: str = "run", *, step: int = 8, seed: int = 0, topo: dict[str, Any] | None = None, **model
+    out: Path,
+    name: str = "run",
+    *,
+    step: int = 8,
+    seed: int = 0,
+    topo: dict[str, Any] | None = None,
+    change: Callable[[Any], None] = lambda net: None,
+    **model,
 ) -> Path:
-    """A run with one checkpoint, of a model whose logits are large enough to be wrong."""
+    """A run with one checkpoint, of a model whose logits are large enough to be wrong; change: it at last."""
     import torch
 
     from topogpt.model.gpt import GPT
@@ -138,6 +145,7 @@ def random_run(
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(12 if parameter.dim() == 2 else 1).add_(0.05 * torch.randn_like(parameter))
+    change(net)
     positions = sheet_positions(cfg.topo, cfg.model)
     run = out / name
     run.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import fake_hub
 import huggingface_hub
 import pytest
 import tiny
@@ -51,24 +51,7 @@ def folder(run) -> Path:
     return export.export(run)
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A Hub of our own, where alice is logged in; nobody really waits."""
-    with FakeHub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(time, "sleep", lambda seconds: server.waits.append(seconds))
-        monkeypatch.setattr(hub, "TIMEOUTS", (1.0, 0.3, 1.0, 1.0))
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-        server.waits = []
-        yield server
-        server.shutdown()
-        huggingface_hub.close_session()
+server = pytest.fixture(fake_hub.serve)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -24,18 +24,18 @@ ARCEE = {"norm": "rmsnorm", "position": "rope", "tied": False, "scale_attention"
 
 
 def pruned(out: Path, name: str, **model) -> Path:
-    """A run whose weights are 0 where a random wiring has no connection, head and embedding too."""
-    from safetensors.torch import save_file
+    """A run whose weights are 0 where there is no connection, head and embedding too."""
+    grown = []
 
-    run = tiny.random_run(out, name, **model)
-    found = load_run(run).model
-    weights = {n: p.detach() for n, p in found.named_parameters()}
-    masks = connectome.prune(weights, None, 0.7, exempt=["*.0.mlp.c_fc.weight"])
-    wired = connectome.Connectome(connectome.signs(weights, masks), {"generation": 3, "fraction": 0.7})
-    connectome.write(run, wired, found.cfg)
-    path = run / "best" / "model.safetensors"
-    stored = load_file(path)
-    save_file({n: t * masks[n] if n in masks else t for n, t in stored.items()}, path.resolve())
+    def prune(net) -> None:
+        weights = {n: p.detach() for n, p in net.named_parameters()}
+        masks = connectome.prune(weights, None, 0.7, exempt=["*.0.mlp.c_fc.weight"])
+        about = {"generation": 3, "fraction": 0.7}
+        grown.append((connectome.Connectome(connectome.signs(weights, masks), about), net.cfg))
+        connectome.Masks(net, grown[0][0]).of_weights()
+
+    run = tiny.random_run(out, name, change=prune, **model)
+    connectome.write(run, *grown[0])
     return run
 
 
@@ -55,6 +55,8 @@ def test_masks_and_values_are_the_dense_weights(tmp_path, model, dtype):
     content = (folder / sparse.FILE).read_bytes()
     payload = len(content) - 8 - int.from_bytes(content[:8], "little")
     assert payload == there * (2 if dtype == "bfloat16" else 4) + mask_bytes
+    card = (folder / "README.md").read_text()
+    assert "**It was trained under a connectome:** 3" in card and "Optimiser: AdamW" in card
     assert f"{there:,} of " in said[0] and "MB; dense" in said[0]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from topogpt import topo
 from topogpt.files import read_json
+from topogpt.model import connectome
 from topogpt.runs.folder import read_metrics
 from topogpt.settings import N_VOCAB
 from topogpt.spatial.schedule import losses_in_words
@@ -62,8 +63,13 @@ def write(run: Path, loaded: "LoadedRun", repo_id: str | None, dtype: str, has_p
         value=value, evaluations=evaluations, compressed=compressed, n_vocab=n_vocab, blind=math.log(n_vocab),
         perplexity=perplexity(value["cross_entropy"]) if value else None,
         floor=floor_of_mean(h, w, model.block_size, len(loaded.positions)),
-        starts=read_starts(run), thousands="{:,}".format,
+        starts=read_starts(run), thousands="{:,}".format, wiring=wiring_of(run),
     )  # fmt: skip
+
+
+def wiring_of(run: Path) -> dict[str, Any] | None:
+    """The record of the connectome that the run was trained under, if any."""
+    return read_json(run / connectome.RECORD) if (run / connectome.RECORD).is_file() else None
 
 
 def floor_of_mean(h: int, w: int, n_tokens: int, n_sheets: int) -> tuple[float, float]:
