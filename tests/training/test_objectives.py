@@ -52,7 +52,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder, loss, schedule):
         patch.setattr("topogpt.training.interrupt.StopSignals.__exit__", lambda self, *error: None)
         received = property(lambda self: next(stop) >= 7)
         patch.setattr("topogpt.training.interrupt.StopSignals.received", received, raising=False)
-        assert train(cut).step == 7
+        assert 0 < train(cut).step < cut.max_steps
     train(tiny.config(folder, f"cut {loss}", topo=topo, resume=True))
     runs = [tiny.folder_of(cfg) for cfg in (whole, cut)]
     assert tiny.records(runs[0]) == tiny.records(runs[1])

@@ -22,8 +22,8 @@ REMEDY = "use another checkpoint (--checkpoint last or step-N)"
 
 
 def state_text(content: dict[str, Any], hashes: dict[str, str]) -> str:
-    """state.json: `content`, and the hashes of the other files and of the content itself."""
-    own = {"state.json": hash_of(content)}
+    """state.json: `content`, the hashes of the other files, and that of both."""
+    own = {"state.json": hash_of(content | {"sha256": hashes})}
     return json.dumps(content | {"sha256": hashes | own}, indent=1)
 
 
@@ -40,11 +40,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state["config"]["model"], dict) or not isinstance(state["train_state"], dict):
             raise ValueError("it has no settings")
-        content = {key: value for key, value in state.items() if key != "sha256"}
-        is_older = state.keys() <= WITHOUT_HASHES
-        if not is_older and state["sha256"]["state.json"] != hash_of(content):
-            raise ValueError("it is not what was written (its SHA-256 is another)")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not state.keys() <= WITHOUT_HASHES:
+            others = {name: value for name, value in state["sha256"].items() if name != "state.json"}
+            if state["sha256"]["state.json"] != hash_of(state | {"sha256": others}):
+                raise ValueError("it is not what was written (its SHA-256 is another)")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"checkpoint {folder} is damaged: state.json: {reason}; {REMEDY}") from None
     return state
