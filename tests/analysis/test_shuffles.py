@@ -89,9 +89,7 @@ def test_a_contrast_that_is_there_exceeds_its_shuffles_and_smooth_noise_does_not
         assert all(sheet["p"] == sheet["p_floor"] == 0.005 for sheet in found["by_sheet"].values())
     assert of_noise["labels"]["p"] > 0.05 and of_real["labels"]["p"] == pytest.approx(1 / 301)
     assert of_noise["labels"]["mean"] > 0.6  # as the same items do under any labels
-    again = [
-        shuffles.again(each, np.arange(60) < 30, None, 99, 0) for each in (noise, real)
-    ]  # place and effect
+    again = [shuffles.again(each, np.arange(60) < 30, None, 99, 0) for each in (noise, real)]
     for key in ("effect_size", "correlation_of_t"):
         by_chance, found = (each[key] for each in again)
         assert by_chance["p"] > 0.05 and found["p"] == 0.01 and found["value"] > 0.7
