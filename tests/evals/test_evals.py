@@ -66,6 +66,7 @@ def analysed(runs, stimuli) -> list[Path]:
     """Every analysis of both, through the command line; the folders of their results."""
     for module, more in ((topography, []), (contrasts, []), (localize, ["--smallest_cluster", "2"])):
         given = [runs[0], "--control", runs[1], "--stimuli_dir", stimuli, "--permutations", 49, *more]
+        given += ["--shuffles", 19] if module is not topography else []
         module.ANALYSIS.main(list(map(str, given)))
     return [run / "evals" for run in runs]
 
@@ -100,7 +101,18 @@ def test_every_analysis_leaves_numbers_arrays_and_figures(analysed, runs):
 
 
 def test_the_tables_show_model_control_and_floor(runs, stimuli, capsys):
-    given = [runs[0], "--control", runs[1], "--stimuli_dir", stimuli, "--permutations", 49, "--no_figures"]
+    given = [
+        runs[0],
+        "--control",
+        runs[1],
+        "--stimuli_dir",
+        stimuli,
+        "--permutations",
+        49,
+        "--no_figures",
+        "--shuffles",
+        19,
+    ]
     contrasts.ANALYSIS.main(list(map(str, given)))
     said = capsys.readouterr().out
     lines = said.splitlines()
@@ -124,7 +136,7 @@ def test_the_same_weights_give_the_same_numbers_from_an_export(runs, analysed, s
     from topogpt.sharing import export
 
     folder = export.export(runs[0], "best", say=lambda line: None)
-    given = [folder, "--stimuli_dir", stimuli, "--permutations", 49, "--no_figures"]
+    given = [folder, "--stimuli_dir", stimuli, "--permutations", 49, "--no_figures", "--shuffles", 19]
     contrasts.ANALYSIS.main(list(map(str, given)))
     ours, theirs = (read(place, "contrasts").results for place in (analysed[0], folder / "evals"))
     for name, found in ours["contrasts"].items():
@@ -166,7 +178,7 @@ def test_a_random_model_of_full_width_meets_the_floor(tmp_path):
     rows = [[texts.load().decode(w).strip() or "x", "ab"[i % 2]] for i, w in enumerate(words.tolist())]
     path = items.write_csv(tmp_path / "words.csv", "item,condition", rows)
     subject = some_subject(n_layer=4, n_embd=784, vocab_size=50304)
-    cfg = ContrastsConfig(run="-", stimuli=str(path), permutations=199)
+    cfg = ContrastsConfig(run="-", stimuli=str(path), permutations=199, shuffles=19)
     (found,) = contrasts.analyse(cfg, subject).results["contrasts"].values()
     for fwhm, floor in (("0.0", 0.0), ("1.0", 0.07), ("2.0", 0.60)):
         assert found["moran"][fwhm]["floor"] == pytest.approx(floor, abs=0.011)
