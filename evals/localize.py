@@ -279,7 +279,8 @@ def cards(found: Sequence[Result]) -> list[Card]:
     what = stimuli.named("share of units higher to sentences", found[0].content["data_sha256"])
     network = Card("Language network", what, shares, beside, 1, " %")
     grey = "" if first["n_network"] else "No unit is significant."
-    return [made._replace(what=f"{WHAT}, {smoothing(fwhm)}"), network._replace(grey=grey)]
+    what = stimuli.named(WHAT, found[0].content["data_sha256"])
+    return [made._replace(what=f"{what}, {smoothing(fwhm)}"), network._replace(grey=grey)]
 
 
 def profiles(found: Sequence[Result]) -> Table:

@@ -164,6 +164,17 @@ def random_run(
     return run
 
 
+def seal(checkpoint: Path, **more: Any) -> None:
+    """Make a checkpoint whole again after its files were changed, and its state by `more`."""
+    from topogpt.files import sha256
+    from topogpt.runs import seal
+
+    state = json.loads((checkpoint / "state.json").read_text()) | more
+    hashes = {name: sha256(checkpoint / name) for name in seal.FILES if name != "state.json"}
+    state.pop("sha256", None)
+    (checkpoint / "state.json").write_text(seal.state_text(state, hashes))
+
+
 # ---- other processes ---------------------------------------------------------------------------------------
 
 

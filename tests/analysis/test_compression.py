@@ -171,10 +171,12 @@ def test_other_models_that_cannot_be_compressed(out, run, tmp_path):
     tensors = load_file(path)
     tensors["transformer.h.0.mlp.c_fc.weight"].zero_()
     save_file(tensors, path)
+    tiny.seal(path.parent)
     with pytest.raises(UserError, match="l1 has no weights to choose from"):
         main(other, "--method", "l1")
     tensors["transformer.h.0.ln_1.weight"][3] = torch.nan
     save_file(tensors, path)
+    tiny.seal(path.parent)
     with pytest.raises(UserError, match="the loss of other is nan before it is compressed"):
         main(other)
     assert not (other / "compress.json").exists()

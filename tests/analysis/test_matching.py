@@ -26,10 +26,9 @@ def run_of(out: Path, name: str, *, loss: str = "topolm", step: int = 8, last: i
 
 def changed(run: Path, **config: Any) -> Path:
     """The run, as if it had been trained with other settings."""
-    path = (run / "best").resolve() / "state.json"
-    state = json.loads(path.read_text())
-    data = config.pop("data", {})
-    path.write_text(json.dumps(state | {"config": state["config"] | config, "data": state["data"] | data}))
+    state = json.loads((run / "best" / "state.json").read_text())
+    data = state["data"] | config.pop("data", {})
+    tiny.seal((run / "best").resolve(), config=state["config"] | config, data=data)
     return run
 
 

@@ -40,15 +40,13 @@ def plant(template, tmp_path):
     def make(name: str, loss: str, seed: int, cross_entropy: float = 3.0, **more) -> Path:
         run = tmp_path / name
         shutil.copytree(template / "template", run, symlinks=True)
-        (run / "checkpoints" / "step-000008" / "state.json").unlink()
         state = json.loads((template / "template" / "best" / "state.json").read_text())
         config = state["config"] | {"run_name": name, "seed": seed, "max_steps": 8}
         config |= {"val_data_dir": [str(template / "val")]} | more.pop("config", {})
         config["topo"] |= {"loss": loss, "seed": seed} | more.pop("topo", {})
         config["model"] |= more.pop("model", {})
         records = more.pop("records", [(0, 4.2), (8, cross_entropy)])
-        state |= {"config": config} | more
-        (run / "best" / "state.json").write_text(json.dumps(state))
+        tiny.seal(run / "best", config=config, **more)
         lines = [{"step": step, "split": "val", "cross_entropy": ce} for step, ce in records]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return run
@@ -380,6 +378,7 @@ def test_a_run_is_measured_again_only_when_it_or_the_question_changed(plant, fix
     weights = load_file(path)
     weights["transformer.wte.weight"][0, 0] += 1
     save_file(weights, path, metadata={"format": "pt"})
+    tiny.seal(run / "best")
     main(run, "--keep", 0.5)
     assert fixed == ["one"] * 3
     (run / "evals" / "compare.json").write_text("{")  # no file of ours
