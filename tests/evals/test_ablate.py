@@ -570,7 +570,8 @@ def test_phenomena_and_clusters_have_their_words(out):
     section = ablate.section([found])
     words, accuracy, phenomena = section.parts[1:]
     assert "more than other places" in words and section.warnings == [
-        "run: 1 cluster(s), as there are no more."
+        "run: the contrast is of fewer than 20 items on a side, so it is noisy.",
+        "run: 1 cluster(s), as there are no more.",
     ]
     assert [str(x) for x in accuracy.rows[1][2:4]] == ["-2.0", "0.7 (0.1 to 1.0)"]
     assert accuracy.rows[1][4:6] == [0.25, 0.25] and str(accuracy.rows[0][0]).startswith(
