@@ -615,6 +615,7 @@ def test_a_model_of_numbers_that_are_none_is_refused(tmp_path):
     tensors = load_file(path)
     tensors["transformer.h.0.ln_1.weight"][3] = torch.nan
     save_file(tensors, path)
+    tiny.seal(path.parent)
     with pytest.raises(UserError, match="transformer.h.0.ln_1.weight is not finite"):
         export.export(run)
     assert not (run / "hf").exists()
