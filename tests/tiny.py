@@ -97,6 +97,37 @@ def records(run: Path, split: str | None = None) -> list[dict[str, Any]]:
     ]
 
 
+def assert_same_tensors(a: Path, b: Path) -> None:
+    """Weights, positions and optimiser of two checkpoints, bit for bit."""
+    import torch
+    from safetensors.torch import load_file
+
+    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    ours, theirs = (torch.load(x / "optimizer.pt", weights_only=True) for x in (a, b))
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert len(ours["state"]) == len(theirs["state"]) > 0
+    for i, state in ours["state"].items():
+        assert {"exp_avg", "exp_avg_sq", "step"} <= state.keys()
+        for name, tensor in state.items():
+            assert torch.equal(tensor, theirs["state"][i][name]), (i, name)
+
+
+def assert_same_run(ours: Path, whole: Path) -> None:
+    """Everything that a run leaves behind, but for the clock and its own name."""
+    assert records(ours) == records(whole)
+    for link in ("best", "last"):
+        assert (ours / link).resolve().name == (whole / link).resolve().name, link
+        assert_same_tensors(ours / link, whole / link)
+    states = [json.loads((run / "last" / "state.json").read_text())["train_state"] for run in (ours, whole)]
+    assert states[0] == states[1]
+    pictures = [sorted(p.name for p in (run / "maps").iterdir()) for run in (ours, whole)]
+    assert pictures[0] == pictures[1]
+    assert not list(ours.glob("**/.*.tmp"))
+
+
 def no_pictures() -> None:
     """Leave out the pictures of the sheets, which take longer than the run."""
     from topogpt.training import maps
