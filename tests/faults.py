@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,8 @@ from topogpt.runs import lock, provenance, seal
 from topogpt.settings import TrainConfig
 from topogpt.training.maps import draw
 
-N = 12  # steps; checkpoints at 0, 5, 10, 12 and after every best evaluation (each 4 steps)
+N = 8  # steps; checkpoints at 0, 3, 6, 8 and after every best evaluation (each 4 steps)
+SHORT = {"max_steps": N, "save_every": 3, "eval_every": 4, "batch_size": 4, "val_tokens": 64}
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -49,8 +51,8 @@ WRITES = {
     ".lock": Writes("topogpt.runs.lock.take"),
     "config.yaml": Writes("topogpt.training.setup.write_text"),
     "provenance.json": Writes("topogpt.training.setup.write_json"),
-    "metrics.jsonl": Writes("topogpt.training.log:RunLog.record", 8),
-    "log.txt": Writes("topogpt.training.log:RunLog.write", 14),
+    "metrics.jsonl": Writes("topogpt.training.log:RunLog.record", 6),
+    "log.txt": Writes("topogpt.training.log:RunLog.write", 12),
     "maps/*.npz": Writes("topogpt.training.maps.save_arrays", 2),
     "maps/*.png": Writes("topogpt.training.maps.draw", 2),
     "model.safetensors": Writes("topogpt.runs.checkpoint.save_weights", 2),
@@ -66,14 +68,13 @@ class Field:
     """A folder with shards in which runs are attacked, and how the same runs end that nothing disturbs."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = tiny.write_shards(folder, used=16)  # so that every evaluation is the best one
         self.numbers, self.one_at_a_time = itertools.count(), threading.RLock()
         self.wholes: dict[tuple[int, int], Path] = {}
         self.seconds: dict[int, float] = {}  # that a run takes, by its number of ranks
 
     def config(self, kind: str, **settings) -> TrainConfig:
-        given = {"max_steps": N, "val_tokens": 128} | settings
-        return tiny.config(self.folder, f"{kind}-{next(self.numbers)}", **given)
+        return tiny.config(self.folder, f"{kind}-{next(self.numbers)}", **SHORT | settings)
 
     def start(self, cfg: TrainConfig, prepare: Callable = tiny.nothing, world: int = 1):
         """Train in processes of their own; their exit codes, and what they said."""
@@ -86,6 +87,8 @@ class Field:
 
     def whole(self, world: int = 1, seed: int = TrainConfig.seed) -> Path:
         with self.one_at_a_time:
+            if not self.wholes:
+                self.start(self.config("first", max_steps=1))  # the server of forks starts, too
             if (world, seed) not in self.wholes:
                 cfg, began = self.config("whole", seed=seed), time.monotonic()
                 codes, said = self.start(cfg, world=world)
@@ -208,7 +211,7 @@ def damage(field: Field, name: str, chance: random.Random) -> str:
     said = field.finish(cfg)
     last = f"step-{N:06d}"
     assert f"WARNING: checkpoint {path.parents[1]}/checkpoints/{last} is damaged: {name}" in said, (at, said)
-    assert f"going on from step-000010 (kept as {last}.damaged)" in said, said
+    assert f"going on from step-000006 (kept as {last}.damaged)" in said, said
     return "said, and gone on from the one before"
 
 
@@ -283,14 +286,15 @@ class Row(NamedTuple):
     seconds: float
 
 
-def attack(name: str, calls: Sequence[Callable[[], str]], at_once: int = 2) -> Row:
+def attack(name: str, calls: Sequence[Callable[[], str]], at_once: int = 4) -> Row:
     """Make attacks of a kind; whatever one raises is a loss."""
 
     def outcome(call: Callable[[], str]) -> tuple[str, str]:
         try:
             return call(), ""
         except Exception as error:  # an attack that breaks down has shown nothing
-            return "LOST", f"{name}: {type(error).__name__}: {error}"
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            return "LOST", f"{name}: {type(error).__name__} at {where.name}: {where.line}: {error}"
 
     began = time.monotonic()
     with ThreadPoolExecutor(at_once) as pool:
@@ -318,7 +322,7 @@ def every(field: Field) -> Iterator[Row]:
 def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    field = Field(tiny.write_shards(folder))
+    field = Field(folder)
     commit = (provenance.git("rev-parse", "--short=7", "HEAD") or "unknown")[:7]
     changed = " with changes" if provenance.code()["changed"] else ""
     began, lost = time.monotonic(), []

@@ -30,12 +30,12 @@ def write_shard(path: Path, tokens: np.ndarray) -> Path:
     return path
 
 
-def write_shards(folder: Path) -> Path:
-    """Random tokens: 250 windows to train on, 37 to validate on, so that the last micro-batch is not full."""
+def write_shards(folder: Path, used: int = VOCAB) -> Path:
+    """Random tokens, 250 windows to train on, 37 to validate on, so that the last micro-batch is not full."""
     draw = np.random.default_rng(0)
-    write_shard(folder / "train" / "one.bin", draw.integers(0, VOCAB, 3000))
-    write_shard(folder / "train" / "two.bin", draw.integers(0, VOCAB, 1001))
-    write_shard(folder / "val" / "one.bin", draw.integers(0, VOCAB, 600))
+    write_shard(folder / "train" / "one.bin", draw.integers(0, used, 3000))
+    write_shard(folder / "train" / "two.bin", draw.integers(0, used, 1001))
+    write_shard(folder / "val" / "one.bin", draw.integers(0, used, 600))
     return folder
 
 
@@ -194,7 +194,7 @@ def run_in_child(target: Callable, *args: Any, world: int = 1, output: Path) -> 
     """Call target(*args) in `world` processes joined as torchrun would; return exit codes (-9: SIGKILL)."""
     # A fork server imports once what takes long; the processes are its forks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "train", "pytest", "tiny"])
+    context.set_forkserver_preload(["torch._dynamo", "train", "yaml", "pytest", "tiny"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -10,8 +10,8 @@ import tiny
 
 
 @pytest.fixture(scope="module")
-def field(folder):
-    return faults.Field(folder)
+def field(tmp_path_factory):
+    return faults.Field(tmp_path_factory.mktemp("field"))
 
 
 def test_runs_hold_against_kills_signals_and_flipped_bits(field):
