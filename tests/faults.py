@@ -71,7 +71,6 @@ class Field:
         self.folder = tiny.write_shards(folder, used=16)  # so that every evaluation is the best one
         self.numbers, self.one_at_a_time = itertools.count(), threading.RLock()
         self.wholes: dict[tuple[int, int], Path] = {}
-        self.seconds: dict[int, float] = {}  # that a run takes, by its number of ranks
 
     def config(self, kind: str, **settings) -> TrainConfig:
         return tiny.config(self.folder, f"{kind}-{next(self.numbers)}", **SHORT | settings)
@@ -87,14 +86,11 @@ class Field:
 
     def whole(self, world: int = 1, seed: int = TrainConfig.seed) -> Path:
         with self.one_at_a_time:
-            if not self.wholes:
-                self.start(self.config("first", max_steps=1))  # the server of forks starts, too
             if (world, seed) not in self.wholes:
-                cfg, began = self.config("whole", seed=seed), time.monotonic()
+                cfg = self.config("whole", seed=seed)
                 codes, said = self.start(cfg, world=world)
                 assert codes == [0] * world, said
                 self.wholes[world, seed] = tiny.folder_of(cfg)
-                self.seconds.setdefault(world, time.monotonic() - began)
         return self.wholes[world, seed]
 
     def finish(self, cfg: TrainConfig, world: int = 1) -> str:
@@ -113,14 +109,33 @@ class Field:
 # ---- kills and signals -------------------------------------------------------------------------------------
 
 
-def strike(delay: float, number: int, ranks: Sequence[int] = (0,)) -> None:
-    """Let another process send this one a signal after `delay` seconds, whatever it does then."""
-    victim = os.getpid()
-    if int(os.environ.get("RANK", 0)) in ranks and os.fork() == 0:
-        time.sleep(delay)
-        if os.getppid() == victim:
-            os.kill(victim, number)
-        os._exit(0)
+def strike(after: int, wait: float, number: int, ranks: Sequence[int] = (0,)) -> None:
+    """Let another process send this one a signal, whatever it does then.
+
+    Args:
+        after: how many records; their number, not the clock, spreads the moments evenly on a busy machine.
+        wait: for so much longer, in spans between records, or in seconds before the first.
+    """
+    from topogpt.training.log import RunLog
+
+    victim, record, times = os.getpid(), RunLog.record, [time.monotonic()]
+
+    def begin() -> None:
+        span = (times[-1] - times[0]) / after if after else 1.0
+        if len(times) == after + 1 and os.fork() == 0:
+            time.sleep(wait * span)
+            if os.getppid() == victim:
+                os.kill(victim, number)
+            os._exit(0)
+
+    def wrapped(self, values) -> None:
+        record(self, values)
+        times.append(time.monotonic())
+        begin()
+
+    if int(os.environ.get("RANK", 0)) in ranks:
+        RunLog.record = wrapped
+        begin()
 
 
 def struck(field: Field, number: int, chance: random.Random, world: int = 1, most: int = 40):
@@ -129,7 +144,9 @@ def struck(field: Field, number: int, chance: random.Random, world: int = 1, mos
     for _ in range(most):
         cfg = field.config(signal.Signals(number).name)
         ranks = chance.choice([[0], [1], [0, 1]]) if world > 1 else [0]
-        blow = functools.partial(strike, chance.uniform(0, field.seconds[world]), number, ranks)
+        # of rank 0, which records the evaluations, too; one that is too late is made again
+        records = N + 2 if ranks == [0] else N - 1
+        blow = functools.partial(strike, chance.randint(0, records), chance.random(), number, ranks)
         codes, said = field.start(cfg, blow, world)
         if any(codes) or ": saving a checkpoint" in said:
             return cfg, codes, said
