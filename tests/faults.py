@@ -5,62 +5,52 @@
 Exits with 1 where an attack was lost, and says which. A few of each kind: tests/runs/test_faults.py.
 """
 
-import contextlib
-import functools
 import itertools
 import os
-import pkgutil
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from unittest import SkipTest
 
+import accidents
 import tiny
 import yaml
 
 from topogpt.runs import folder as runfolder
 from topogpt.runs import lock, provenance, seal
 from topogpt.settings import TrainConfig
-from topogpt.training.maps import draw
 
 N = 8  # steps; checkpoints at 0, 3, 6, 8 and after every best evaluation (each 4 steps)
 SHORT = {"max_steps": N, "save_every": 3, "eval_every": 4, "batch_size": 4, "val_tokens": 64}
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
-class Writes(NamedTuple):
-    """The call before which the disk is full."""
-
-    place: str
-    call: int = 1  # the how manieth of this place
-    resumed: bool = False  # in a finished run that is started with --resume
-
-
+# What is written, the call before which the disk is full, and which of these calls.
 WRITES = {
-    ".lock": Writes("topogpt.runs.lock.take"),
-    "config.yaml": Writes("topogpt.training.setup.write_text"),
-    "provenance.json": Writes("topogpt.training.setup.write_json"),
-    "metrics.jsonl": Writes("topogpt.training.log:RunLog.record", 6),
-    "log.txt": Writes("topogpt.training.log:RunLog.write", 12),
-    "maps/*.npz": Writes("topogpt.training.maps.save_arrays", 2),
-    "maps/*.png": Writes("topogpt.training.maps.draw", 2),
-    "model.safetensors": Writes("topogpt.runs.checkpoint.save_weights", 2),
-    "optimizer.pt": Writes("torch.save", 2),
-    "state.json": Writes("topogpt.runs.seal.state_text", 2),
-    "config.yaml, resumed": Writes("topogpt.training.setup.write_text", resumed=True),
-    "provenance.json, resumed": Writes("topogpt.training.setup.write_json", resumed=True),
-    "metrics.jsonl, resumed": Writes("topogpt.training.log.clean", resumed=True),
+    ".lock": ("topogpt.runs.lock.take", 1),
+    "config.yaml": ("topogpt.training.setup.write_text", 1),
+    "provenance.json": ("topogpt.training.setup.write_json", 1),
+    "metrics.jsonl": ("topogpt.training.log:RunLog.record", 6),
+    "log.txt": ("topogpt.training.log:RunLog.write", 12),
+    "maps/*.npz": ("topogpt.training.maps.save_arrays", 2),
+    "maps/*.png": ("topogpt.training.maps.draw", 2),
+    "model.safetensors": ("topogpt.runs.checkpoint.save_weights", 2),
+    "optimizer.pt": ("torch.save", 2),
+    "state.json": ("topogpt.runs.seal.state_text", 2),
+    "config.yaml, resumed": ("topogpt.training.setup.write_text", 1),
+    "provenance.json, resumed": ("topogpt.training.setup.write_json", 1),
+    "metrics.jsonl, resumed": ("topogpt.training.log.clean", 1),
 }
 
 
@@ -109,44 +99,14 @@ class Field:
 # ---- kills and signals -------------------------------------------------------------------------------------
 
 
-def strike(after: int, wait: float, number: int, ranks: Sequence[int] = (0,)) -> None:
-    """Let another process send this one a signal, whatever it does then.
-
-    Args:
-        after: how many records; their number, not the clock, spreads the moments evenly on a busy machine.
-        wait: for so much longer, in spans between records, or in seconds before the first.
-    """
-    from topogpt.training.log import RunLog
-
-    victim, record, times = os.getpid(), RunLog.record, [time.monotonic()]
-
-    def begin() -> None:
-        span = (times[-1] - times[0]) / after if after else 1.0
-        if len(times) == after + 1 and os.fork() == 0:
-            time.sleep(wait * span)
-            if os.getppid() == victim:
-                os.kill(victim, number)
-            os._exit(0)
-
-    def wrapped(self, values) -> None:
-        record(self, values)
-        times.append(time.monotonic())
-        begin()
-
-    if int(os.environ.get("RANK", 0)) in ranks:
-        RunLog.record = wrapped
-        begin()
-
-
 def struck(field: Field, number: int, chance: random.Random, world: int = 1, most: int = 40):
     """A run that a signal has met before its end, its exit codes and what it said."""
     field.whole(world)
     for _ in range(most):
         cfg = field.config(signal.Signals(number).name)
         ranks = chance.choice([[0], [1], [0, 1]]) if world > 1 else [0]
-        # of rank 0, which records the evaluations, too; one that is too late is made again
-        records = N + 2 if ranks == [0] else N - 1
-        blow = functools.partial(strike, chance.randint(0, records), chance.random(), number, ranks)
+        records = N + 2 if ranks == [0] else N - 1  # only rank 0 records the evaluations
+        blow = partial(accidents.strike, chance.randint(0, records), chance.random(), number, ranks)
         codes, said = field.start(cfg, blow, world)
         if any(codes) or ": saving a checkpoint" in said:
             return cfg, codes, said
@@ -165,7 +125,7 @@ def reached(run: Path) -> str:
     return "beyond the last checkpoint" if max(steps) > runfolder.step_of(there[-1]) else "at a checkpoint"
 
 
-def kill(field: Field, chance: random.Random, world: int = 1) -> str:
+def kill(field: Field, world: int = 1, *, chance: random.Random) -> str:
     """SIGKILL at a random moment; of two ranks the one, the other or both."""
     cfg, codes, said = struck(field, signal.SIGKILL, chance, world)
     assert -signal.SIGKILL in codes and all(codes), (codes, said)
@@ -232,54 +192,14 @@ def damage(field: Field, name: str, chance: random.Random) -> str:
     return "said, and gone on from the one before"
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 4 MB of its own; OSError where none can be mounted."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except subprocess.CalledProcessError as error:
-        raise OSError(f"no tmpfs can be mounted: {error.stderr.decode().strip()}") from None
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill_before(where: Writes, disk: Path, appended: Path) -> None:
-    """Let the disk be full from the n-th call of a place on; a file appended to has no room in its page."""
-    from topogpt.training import maps
-
-    if where.place.endswith(".draw"):
-        maps.draw = draw  # no_pictures has taken it away
-    owner, _, name = where.place.rpartition(".")
-    owner = pkgutil.resolve_name(owner)
-    usual, calls = getattr(owner, name), itertools.count(1)
-
-    def wrapped(*args, **kwargs):
-        if next(calls) == where.call:
-            if appended.is_file():
-                with appended.open("ab") as file:
-                    file.write(b"\n" * (-appended.stat().st_size % 4096))
-            with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
-        return usual(*args, **kwargs)
-
-    setattr(owner, name, wrapped)
-
-
 def full(field: Field, name: str) -> str:
     """A write that finds the disk full ends the run with 2 and one line; with room again it goes on."""
-    where, number = WRITES[name], next(field.numbers)
-    with small_disk(field.folder / f"disk-{number}") as disk:
+    resume = name.endswith(", resumed")
+    with accidents.small_disk(field.folder / f"disk-{next(field.numbers)}") as disk:
         cfg = field.config("full", out_dir=str(disk))
-        run = tiny.folder_of(cfg)
-        if where.resumed:
-            field.copy_of_whole(cfg)
-        accident = functools.partial(fill_before, where, disk, run / name)
-        codes, said = field.start(replace(cfg, resume=where.resumed), accident)
+        run = field.copy_of_whole(cfg) if resume else tiny.folder_of(cfg)
+        accident = partial(accidents.fill_before, *WRITES[name], disk, run / name)
+        codes, said = field.start(replace(cfg, resume=resume), accident)
         assert (disk / "filler").exists(), said
         assert codes == [2] and "No space left on device" in only_line(said), (codes, said)
         there = [p.name for p in runfolder.complete(run)]
@@ -295,68 +215,59 @@ def full(field: Field, name: str) -> str:
 # ---- all of them -------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    attack: str
-    made: int
-    happened: Counter
-    lost: list[str]
-    seconds: float
-
-
-def attack(name: str, calls: Sequence[Callable[[], str]], at_once: int = 4) -> Row:
-    """Make attacks of a kind; whatever one raises is a loss."""
-
-    def outcome(call: Callable[[], str]) -> tuple[str, str]:
-        try:
-            return call(), ""
-        except Exception as error:  # an attack that breaks down has shown nothing
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            return "LOST", f"{name}: {type(error).__name__} at {where.name}: {where.line}: {error}"
-
-    began = time.monotonic()
-    with ThreadPoolExecutor(at_once) as pool:
-        found = list(pool.map(outcome, calls))
-    happened = Counter(what for what, _ in found)
-    return Row(name, len(calls), happened, [why for _, why in found if why], time.monotonic() - began)
-
-
-def every(field: Field) -> Iterator[Row]:
+def every(field: Field) -> dict[str, list[Callable[[], str]]]:
     def times(n: int, call: Callable, *args) -> list[Callable[[], str]]:
         """The same with other chances."""
-        return [functools.partial(call, *args, chance=random.Random(f"{args[1:]} {i}")) for i in range(n)]
+        return [partial(call, field, *args, chance=random.Random(f"{args} {i}")) for i in range(n)]
 
-    yield attack("SIGKILL to one process", times(50, kill, field))
-    yield attack("SIGKILL to one or both of two ranks", times(10, functools.partial(kill, world=2), field), 1)
-    yield attack("two starts of one name at once", [functools.partial(two_starts, field)] * 5, 1)
-    for name in seal.FILES:
-        yield attack(f"a bit flipped in {name}", times(20, damage, field, name))
-    for number in SIGNALS:
-        yield attack(signal.Signals(number).name, times(10, ask, field, number))
-    for name in WRITES:
-        yield attack(f"disk full at {name}", [functools.partial(full, field, name)])
+    flips = {f"a bit flipped in {name}": times(20, damage, name) for name in seal.FILES}
+    signals = {signal.Signals(number).name: times(10, ask, number) for number in SIGNALS}
+    disks = {f"disk full at {name}": [partial(full, field, name)] for name in WRITES}
+    return {
+        "SIGKILL to one process": times(50, kill),
+        "SIGKILL to one or both of two ranks": times(10, kill, 2),
+        "two starts of one name at once": [partial(two_starts, field)] * 5,
+    } | (flips | signals | disks)
+
+
+def outcome(call: Callable[[], str]) -> tuple[str, str]:
+    """What an attack has shown, and why it is lost, if it is: by whatever it raises."""
+    try:
+        return call(), ""
+    except SkipTest as why:
+        return f"NOT MADE: {why}", ""
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return "LOST", f"{type(error).__name__} at {where.name}: {where.line}: {error}"
+
+
+def make(attacks: dict[str, list[Callable[[], str]]], at_once: int = 4) -> list[str]:
+    """Make attacks, print a row of the table for each kind, and return which were lost, and why."""
+    lost = []
+    print("| attack | times | held | what happened |\n|---|---|---|---|", flush=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        jobs = {name: [pool.submit(outcome, call) for call in calls] for name, calls in attacks.items()}
+        for name, of_kind in jobs.items():
+            found = Counter(job.result()[0] for job in of_kind)
+            what = "; ".join(f"{n} {text}" if len(found) > 1 else text for text, n in found.most_common())
+            held = sum(n for text, n in found.items() if not text.startswith(("LOST", "NOT MADE")))
+            print(f"| {name} | {len(of_kind)} | {held} | {what} |", flush=True)
+            lost += [f"{name}: {why}" for job in of_kind if (why := job.result()[1])]
+    return lost
 
 
 def main() -> int:
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    folder, began = Path(tempfile.mkdtemp(prefix="faults-")), time.monotonic()
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    field = Field(folder)
-    commit = (provenance.git("rev-parse", "--short=7", "HEAD") or "unknown")[:7]
+    commit = (provenance.git("rev-parse", "HEAD") or "unknown")[:7]
     changed = " with changes" if provenance.code()["changed"] else ""
-    began, lost = time.monotonic(), []
     print(f"{time.strftime('%Y-%m-%d')}, commit {commit}{changed}, {os.cpu_count()} CPU cores\n")
-    print("| attack | made | held | what happened | seconds |\n|---|---|---|---|---|")
-    for row in every(field):
-        what = "; ".join(f"{n} {text}" if len(row.happened) > 1 else text for text, n in row.happened.items())
-        held = row.made - len(row.lost)
-        print(f"| {row.attack} | {row.made} | {held} | {what} | {row.seconds:.0f} |", flush=True)
-        lost += row.lost
-    print(
-        f"\n{f'{len(lost)} attacks lost' if lost else 'none lost'}, {time.monotonic() - began:.0f} s in all"
-    )
+    lost = make(every(Field(folder)))
+    print(f"\n{len(lost) or 'none'} lost; {time.monotonic() - began:.0f} s in all")
     for why in lost:
         print(f"\nLOST: {why}", file=sys.stderr)
     if lost:
-        print(f"the runs are kept: {folder}", file=sys.stderr)
+        print(f"\nthe runs are kept: {folder}", file=sys.stderr)
     else:
         shutil.rmtree(folder)
     return bool(lost)

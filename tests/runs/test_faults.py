@@ -1,12 +1,13 @@
 """A few of the attacks of make faults, and that an attack can be lost. pytest tests/runs/test_faults.py"""
 
-import functools
 import random
 import shutil
+from functools import partial
 
 import faults
 import pytest
 import tiny
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -17,29 +18,28 @@ def field(tmp_path_factory):
 def test_runs_hold_against_kills_signals_and_flipped_bits(field):
     chance = random.Random()  # other moments in every run of the tests
     calls = [
-        *[functools.partial(faults.kill, field, chance)] * 2,
-        functools.partial(faults.ask, field, faults.SIGNALS[0], chance),
-        functools.partial(faults.damage, field, "state.json", chance),
+        *[partial(faults.kill, field, chance=chance)] * 2,
+        partial(faults.ask, field, faults.SIGNALS[0], chance=chance),
+        partial(faults.damage, field, "state.json", chance=chance),
     ]
-    row = faults.attack("quick", calls)
-    assert (row.made, row.lost) == (4, [])
+    assert faults.make({"quick": calls}) == []
 
 
-def test_a_run_holds_against_a_full_disk(field, tmp_path):
-    try:
-        with faults.small_disk(tmp_path / "disk"):
-            pass
-    except OSError as error:
-        pytest.skip(str(error))
+def test_a_run_holds_against_a_full_disk(field):
+    """Skipped where no small disk can be mounted."""
     assert faults.full(field, "metrics.jsonl").startswith("exit 2, one line; resumed from step ")
 
 
-def test_what_is_lost_is_seen_and_named(field, monkeypatch):
-    """A resumed run that ends otherwise than the undisturbed one; it is not resumed, but trained anew."""
-    cfg = field.config("another", seed=5)
-    shutil.copytree(field.whole(), tiny.folder_of(cfg), symlinks=True)
-    row = faults.attack("seeds", [functools.partial(field.finish, cfg), lambda: "held"])
-    assert row.happened == {"LOST": 1, "held": 1}
-    assert (
-        len(row.lost) == 1 and row.lost[0].startswith("seeds: AssertionError: ") and "seed = 5" in row.lost[0]
-    )
+def test_what_is_lost_is_seen_and_named(field, capsys):
+    """A finished run whose end is not that of the undisturbed one."""
+    cfg = field.config("another")
+    weights = field.copy_of_whole(cfg) / "last" / "model.safetensors"
+    other = field.whole().with_name("other")
+    shutil.copytree(field.whole(), other, symlinks=True)
+    tensors = load_file(weights)
+    tensors["transformer.wte.weight"][0, 0] += 1e-6
+    save_file(tensors, other / "last" / "model.safetensors")
+    calls = [lambda: tiny.assert_same_run(tiny.folder_of(cfg), other), lambda: "well"]
+    (lost,) = faults.make({"weights": calls})
+    assert lost.startswith("weights: AssertionError at assert_same_tensors: ") and "transformer.wte" in lost
+    assert "| weights | 2 | 1 | 1 LOST; 1 well |" in capsys.readouterr().out
