@@ -149,11 +149,11 @@ def kill_in_the_middle_of_a_file() -> None:
     """The second optimizer.pt is half there."""
     save, calls = torch.save, []
 
-    def half(content, path, *args, **kwargs):
-        calls.append(path)
-        save(content, path, *args, **kwargs)
+    def half(content, file):
+        calls.append(file)
+        save(content, file)
         if len(calls) == 2:
-            os.truncate(path, os.path.getsize(path) // 2)
+            file.truncate(file.tell() // 2)
             kill()
 
     torch.save = half
