@@ -3,6 +3,7 @@
 #            STIMULI=folder for published stimuli (python -m evals.fetch); without one they are our own
 # make test: set up .venv, check the code's style, run every test, on WORKERS=2 cores
 # make check: before every commit, in about a minute: style, types of the public names, the quick tests
+# make faults: kills, signals, two starts at once, flipped bits, full disks against tiny runs: the table of docs/FAULTS.md
 # make test-compat: the exported model in transformers 4.51
 # make control: the demo's matched control, without the spatial loss
 
@@ -22,7 +23,7 @@ QUICK = $(filter-out %/test_distributed.py %/test_wheel.py,$(wildcard tests/test
 	tests/analysis tests/model tests/spatial tests/text/test_loader.py -k "not compile and not gradcheck"
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo control test check test-compat clean
+.PHONY: demo control test check faults test-compat clean
 
 demo: $(VENV)/.demo data/pydoc/manifest.json
 	@$(if $(FRESH),test ! -d out/demo || mv out/demo out/demo-$$(date +%Y%m%d-%H%M%S))
@@ -53,6 +54,11 @@ check: $(VENV)/.test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PYTEST) $(QUICK)
+
+# As root of a namespace of its own, where there are such: small disks are mounted to be filled.
+faults: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $$(unshare --map-root-user --mount true 2>/dev/null \
+		&& echo unshare --map-root-user --mount) $(PY) tests/faults.py
 
 # The exported folder in the oldest transformers that must load it, in an environment of its own.
 test-compat: $(VENV)/.test $(COMPAT)/.done

@@ -30,12 +30,12 @@ def write_shard(path: Path, tokens: np.ndarray) -> Path:
     return path
 
 
-def write_shards(folder: Path) -> Path:
-    """Random tokens: 250 windows to train on, 37 to validate on, so that the last micro-batch is not full."""
+def write_shards(folder: Path, used: int = VOCAB) -> Path:
+    """Random tokens, 250 windows to train on, 37 to validate on, so that the last micro-batch is not full."""
     draw = np.random.default_rng(0)
-    write_shard(folder / "train" / "one.bin", draw.integers(0, VOCAB, 3000))
-    write_shard(folder / "train" / "two.bin", draw.integers(0, VOCAB, 1001))
-    write_shard(folder / "val" / "one.bin", draw.integers(0, VOCAB, 600))
+    write_shard(folder / "train" / "one.bin", draw.integers(0, used, 3000))
+    write_shard(folder / "train" / "two.bin", draw.integers(0, used, 1001))
+    write_shard(folder / "val" / "one.bin", draw.integers(0, used, 600))
     return folder
 
 
@@ -95,6 +95,37 @@ def records(run: Path, split: str | None = None) -> list[dict[str, Any]]:
         for line in lines
         if split is None or line["split"] == split
     ]
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    """Weights, positions and optimiser of two checkpoints, bit for bit."""
+    import torch
+    from safetensors.torch import load_file
+
+    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    ours, theirs = (torch.load(x / "optimizer.pt", weights_only=True) for x in (a, b))
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert len(ours["state"]) == len(theirs["state"]) > 0
+    for i, state in ours["state"].items():
+        assert {"exp_avg", "exp_avg_sq", "step"} <= state.keys()
+        for name, tensor in state.items():
+            assert torch.equal(tensor, theirs["state"][i][name]), (i, name)
+
+
+def assert_same_run(ours: Path, whole: Path) -> None:
+    """Everything that a run leaves behind, but for the clock and its own name."""
+    assert records(ours) == records(whole)
+    for link in ("best", "last"):
+        assert (ours / link).resolve().name == (whole / link).resolve().name, link
+        assert_same_tensors(ours / link, whole / link)
+    states = [json.loads((run / "last" / "state.json").read_text())["train_state"] for run in (ours, whole)]
+    assert states[0] == states[1]
+    pictures = [sorted(p.name for p in (run / "maps").iterdir()) for run in (ours, whole)]
+    assert pictures[0] == pictures[1]
+    assert not list(ours.glob("**/.*.tmp"))
 
 
 def no_pictures() -> None:
@@ -182,7 +213,7 @@ def run_in_child(target: Callable, *args: Any, world: int = 1, output: Path) -> 
     """Call target(*args) in `world` processes joined as torchrun would; return exit codes (-9: SIGKILL)."""
     # A fork server imports once what takes long; the processes are its forks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "train", "pytest", "tiny"])
+    context.set_forkserver_preload(["torch._dynamo", "train", "yaml", "pytest", "tiny"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
 
 from topogpt.model.gpt import sheet_names
 from topogpt.runs.checkpoint import load_run
@@ -33,34 +32,6 @@ def whole(folder) -> Path:
     assert cfg.model.dropout > 0 and cfg.topo.neighbourhoods < 4  # of the 4 there are: chance matters
     assert train(cfg).step == N
     return tiny.folder_of(cfg)
-
-
-def assert_same_tensors(a: Path, b: Path) -> None:
-    """Weights, positions and optimiser of two checkpoints, bit for bit."""
-    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-    ours, theirs = (torch.load(x / "optimizer.pt", weights_only=True) for x in (a, b))
-    assert ours["param_groups"] == theirs["param_groups"]
-    assert len(ours["state"]) == len(theirs["state"]) > 0
-    for i, state in ours["state"].items():
-        assert {"exp_avg", "exp_avg_sq", "step"} <= state.keys()
-        for name, tensor in state.items():
-            assert torch.equal(tensor, theirs["state"][i][name]), (i, name)
-
-
-def assert_same_run(ours: Path, whole: Path) -> None:
-    """Everything that a run leaves behind, but for the clock and its own name."""
-    assert tiny.records(ours) == tiny.records(whole)
-    for link in ("best", "last"):
-        assert (ours / link).resolve().name == (whole / link).resolve().name, link
-        assert_same_tensors(ours / link, whole / link)
-    states = [json.loads((run / "last" / "state.json").read_text())["train_state"] for run in (ours, whole)]
-    assert states[0] == states[1]
-    pictures = [sorted(p.name for p in (run / "maps").iterdir()) for run in (ours, whole)]
-    assert pictures[0] == pictures[1]
-    assert not list(ours.glob("**/.*.tmp"))
 
 
 def signal_at(step: int, *signals: int) -> None:
@@ -101,7 +72,7 @@ def test_a_run_killed_from_outside_goes_on_bit_for_bit(folder, whole, tmp_path):
     assert 0 < saved < reached < N
 
     assert train(replace(cfg, resume=True)).step == N
-    assert_same_run(tiny.folder_of(cfg), whole)
+    tiny.assert_same_run(tiny.folder_of(cfg), whole)
 
 
 def test_a_record_cut_off_by_a_kill_is_dropped(folder, whole, tmp_path):
@@ -112,7 +83,7 @@ def test_a_record_cut_off_by_a_kill_is_dropped(folder, whole, tmp_path):
     with (tiny.folder_of(cfg) / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 15, "split": "tra')
     train(replace(cfg, resume=True))
-    assert_same_run(tiny.folder_of(cfg), whole)
+    tiny.assert_same_run(tiny.folder_of(cfg), whole)
 
 
 def test_sigterm_saves_and_ends_with_exit_code_0_and_resuming_is_exact(folder, whole, tmp_path):
@@ -124,7 +95,7 @@ def test_sigterm_saves_and_ends_with_exit_code_0_and_resuming_is_exact(folder, w
     assert "signal at step 7" in output and "--resume" in output
     assert (tiny.folder_of(cfg) / "last").resolve().name == "step-000007"
     train(replace(cfg, resume=True))
-    assert_same_run(tiny.folder_of(cfg), whole)
+    tiny.assert_same_run(tiny.folder_of(cfg), whole)
 
 
 def test_a_second_signal_ends_at_once(folder, tmp_path):
@@ -139,7 +110,7 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(folder, whole):
     cfg = tiny.config(folder, "longer", max_steps=7)
     train(cfg)
     train(replace(cfg, max_steps=N, resume=True))
-    assert_same_tensors(tiny.folder_of(cfg) / "last", whole / "last")
+    tiny.assert_same_tensors(tiny.folder_of(cfg) / "last", whole / "last")
     assert tiny.records(tiny.folder_of(cfg), "train") == tiny.records(whole, "train")
 
 
@@ -153,7 +124,7 @@ def test_the_sheets_of_more_than_ten_layers_keep_their_order(folder):
         train(cfg)
         train(replace(cfg, max_steps=4, resume=True))
         runs.append(tiny.folder_of(cfg))
-    assert_same_tensors(runs[0] / "last", runs[1] / "last")
+    tiny.assert_same_tensors(runs[0] / "last", runs[1] / "last")
     assert list(load_run(runs[0]).positions) == sheet_names(11)
 
 
@@ -164,7 +135,7 @@ def test_resuming_a_finished_run_changes_nothing_and_says_so(folder, whole, caps
     state = train(tiny.config(folder, run.name, max_steps=max_steps, resume=True))
     assert state.step == N
     assert "nothing is left to train" in capsys.readouterr().out
-    assert_same_run(run, whole)
+    tiny.assert_same_run(run, whole)
 
 
 # ---- killed while files are written ------------------------------------------------------------------------
@@ -178,11 +149,11 @@ def kill_in_the_middle_of_a_file() -> None:
     """The second optimizer.pt is half there."""
     save, calls = torch.save, []
 
-    def half(content, path, *args, **kwargs):
-        calls.append(path)
-        save(content, path, *args, **kwargs)
+    def half(content, file):
+        calls.append(file)
+        save(content, file)
         if len(calls) == 2:
-            os.truncate(path, os.path.getsize(path) // 2)
+            file.truncate(file.tell() // 2)
             kill()
 
     torch.save = half
@@ -262,7 +233,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint_in_force(folder, whole, t
     output = capsys.readouterr().out
     if expected:
         assert (f"resuming at step {start}" if start else "starting") in output
-    assert_same_run(tiny.folder_of(cfg), whole)
+    tiny.assert_same_run(tiny.folder_of(cfg), whole)
 
 
 def test_best_is_right_as_soon_as_a_run_is_resumed(folder, tmp_path):

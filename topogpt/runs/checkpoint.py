@@ -60,7 +60,8 @@ def save(
         if state.best_step == state.step:
             point(run / "best", final)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-        reason = " ".join(str(error).split())[:150]
+        found = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = " ".join(str(found).split())[:150]
         raise UserError(
             f"checkpoint {final} cannot be written: {reason}; those before it are kept: make room, then "
             "--resume"
@@ -97,7 +98,8 @@ def write(
             if adapters:
                 save_weights(adapters, part / ADAPTER_FILE)
                 finish(ADAPTER_FILE)
-            torch.save(optimizer.state_dict(), part / "optimizer.pt")
+            with (part / "optimizer.pt").open("wb") as file:  # whose errors name their cause
+                torch.save(optimizer.state_dict(), file)
             finish("optimizer.pt")
             found = {name: job.result() for name, job in hashes.items()}
             for job in synced:
