@@ -49,7 +49,8 @@ def run_loop(cfg: TrainConfig, ranks: Ranks, corpora: preflight.Checked, signals
     t = setup.build(cfg, ranks, corpora.resume_from)
     state, run = t.state, setup.open_run_folder(t, corpora)
     start = state.step if corpora.resume_from else -1
-    with RunLog(run, ranks.is_main, start, cfg.max_steps) as log, setup.token_loader(t, corpora) as loader:
+    log = RunLog(run, ranks.is_main, start, cfg.max_steps, state.evaluated_at)
+    with log, setup.token_loader(t, corpora) as loader:
         if cfg.wandb:
             state.wandb_id = log.start_wandb(cfg, state.wandb_id)
         progress.introduce(t, corpora, run, log)

@@ -108,6 +108,26 @@ def test_a_signal_before_an_evaluation_saves_first_and_the_resumed_run_is_the_sa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_step_that_was_saved_before_its_evaluation_is_evaluated_once(folder, tmp_path):
+    """It is evaluated after --resume: the checkpoint's state knows of it, and a kill repeats no record."""
+    at_end, output = tiny.config(folder, "at_end", max_steps=8), tmp_path / "output"
+    train(at_end)
+    cut = replace(at_end, run_name="cut_at_end")
+    accident = functools.partial(signals_at, 8, signal.SIGUSR1)
+    assert tiny.run_in_child(tiny.train_after, accident, cut, output=output) == [0], output.read_text()
+    train(replace(cut, resume=True))
+    tiny.assert_same_run(tiny.folder_of(cut), tiny.folder_of(at_end))
+
+    longer, killed = (tiny.config(folder, name, max_steps=10) for name in ("longer", "killed"))
+    train(longer)
+    for how, resume in (((8, signal.SIGUSR1), False), ((9, signal.SIGKILL), True)):
+        accident = functools.partial(signals_at, *how)
+        tiny.run_in_child(tiny.train_after, accident, replace(killed, resume=resume), output=output)
+    assert [r["step"] for r in tiny.records(tiny.folder_of(killed), "val")] == [0, 4, 8]
+    train(replace(killed, resume=True))
+    tiny.assert_same_run(tiny.folder_of(killed), tiny.folder_of(longer))
+
+
 def test_outer_signals_learn_what_inner_ones_were_told(capfd):
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as outer:

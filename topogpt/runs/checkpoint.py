@@ -22,7 +22,7 @@ from torch import Tensor
 
 from topogpt import topo
 from topogpt.errors import UserError
-from topogpt.files import fsync, permit, sha256, whole
+from topogpt.files import fsync, permit, sha256, whole, write_text
 from topogpt.model import lora
 from topogpt.model.cost import weight_shapes
 from topogpt.model.gpt import GPT
@@ -50,12 +50,15 @@ def save(
     `record` is kept in state.json beside train_state.
     """
     final = step_folder(run, state.step)
+    content = {**record, "train_state": dataclasses.asdict(state)}
     try:
-        if not final.exists():
+        if final.exists():
+            renew_state(final, content)
+        else:
             if lora.is_adapted(model) and not complete(run):
                 with whole(run / BASE_FILE) as part:
                     save_weights(lora.split_weights(model)[0], part)
-            write(final, model, positions, optimizer, {**record, "train_state": dataclasses.asdict(state)})
+            write(final, model, positions, optimizer, content)
         point(run / "last", final)
         if state.best_step == state.step:
             point(run / "best", final)
@@ -112,6 +115,15 @@ def write(
         shutil.rmtree(part, ignore_errors=True)  # half of it would fill the disk
         raise
     fsync(final.parent)
+
+
+def renew_state(folder: Path, content: dict[str, Any]) -> None:
+    """state.json anew where the step was saved before its evaluation (a signal came) and is evaluated now."""
+    saved = seal.read_state(folder)
+    if saved["train_state"] != content["train_state"]:
+        hashes = saved.get("sha256") or {name: sha256(folder / name) for name in seal.FILES}
+        others = {name: value for name, value in hashes.items() if name != "state.json"}
+        write_text(folder / "state.json", seal.state_text(content, others))
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:

@@ -25,9 +25,11 @@ class RunLog:
     A file that cannot be written (a full disk) stops no call: `trouble` says so, and the loop saves and ends.
     """
 
-    def __init__(self, run: Path, is_main: bool, step: int, max_steps: int) -> None:
-        """Open the log of a run at `step` (-1: before the first); what a killed run wrote beyond it is
-        dropped.
+    def __init__(
+        self, run: Path, is_main: bool, step: int, max_steps: int, evaluated_at: int | None = None
+    ) -> None:
+        """Open the log of a run at `step` (-1: before the first) whose last evaluation was at `evaluated_at`;
+        what a killed run wrote beyond these is dropped.
         """
         self.is_main, self.run = is_main, run
         self.wandb: Any = None
@@ -36,7 +38,7 @@ class RunLog:
         if not is_main:
             return
         try:
-            n_broken = clean(run / "metrics.jsonl", step)
+            n_broken = clean(run / "metrics.jsonl", step, -1 if evaluated_at is None else evaluated_at)
             self.metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
             self.text = (run / "log.txt").open("a", encoding="utf-8")
         except OSError as error:
@@ -195,8 +197,11 @@ def strict(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def clean(metrics: Path, step: int) -> int:
-    """Keep the lines of the first `step` steps; move damaged ones aside, and return their number."""
+def clean(metrics: Path, step: int, evaluated_at: int) -> int:
+    """Keep the lines up to `step`, and evaluations up to `evaluated_at`, as a later one is made again.
+
+    Damaged lines are moved aside; returns their number.
+    """
     if not metrics.exists():
         return 0
     lines = [line + b"\n" for line in metrics.read_bytes().split(b"\n") if line.strip()]
@@ -205,6 +210,8 @@ def clean(metrics: Path, step: int) -> int:
     if broken:
         with metrics.with_name("metrics.damaged.txt").open("ab") as file:
             file.writelines(broken)
-    kept = (line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step)
+    ends = {"val": evaluated_at}
+    pairs = zip(lines, records, strict=True)
+    kept = (line for line, r in pairs if r and r["step"] <= ends.get(r.get("split"), step))
     write_bytes(metrics, b"".join(kept))
     return len(broken)
