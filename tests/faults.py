@@ -105,8 +105,10 @@ def struck(field: Field, number: int, chance: random.Random, world: int = 1, mos
     for _ in range(most):
         cfg = field.config(signal.Signals(number).name)
         ranks = chance.choice([[0], [1], [0, 1]]) if world > 1 else [0]
-        records = N + 2 if ranks == [0] else N - 1  # only rank 0 records the evaluations
-        blow = partial(accidents.strike, chance.randint(0, records), chance.random(), number, ranks)
+        after = chance.randint(0, N + 2 if ranks == [0] else N - 1)  # only rank 0 records the evaluations
+        if not after:  # one alone would wait for the other, until torchrun ended it, which is not here
+            ranks = list(range(world))
+        blow = partial(accidents.strike, after, chance.random(), number, ranks)
         codes, said = field.start(cfg, blow, world)
         if any(codes) or ": saving a checkpoint" in said:
             return cfg, codes, said
