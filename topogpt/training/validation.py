@@ -35,7 +35,7 @@ def evaluate(t: Training, corpus: Corpus) -> Values:
         per_device_batch_size=cfg.per_device_batch_size,
         ranks=ranks,
     )
-    for batch in progress(batches, "validation") if ranks.is_main else batches:
+    for batch in progress(batches, "validation, micro-batches") if ranks.is_main else batches:
         ce, each = t.compiled(batch.tokens, batch.targets, spatial.choose(cfg.seed, VALIDATION, batch.index))
         sums.append(torch.stack([ce, each.mean(), torch.ones_like(ce)]) * len(batch.tokens))
     t.compiled.train()
