@@ -11,21 +11,17 @@ many connections in every matrix, and the same wiring with the units of its shee
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from topogpt import topo
+from topogpt import drawing, topo
+from topogpt.analysis import measures
 from topogpt.analysis.kinds import by_kind
 from topogpt.analysis.results import Outcome, Result
 from topogpt.analysis.section import Analysis, Card, Drawing, Number, Section, Table, labels
 from topogpt.analysis.subject import EvalConfig, Subject, protocol_of
-from topogpt.drawing import new_figure
 from topogpt.errors import UserError, check_at_least, run_main
-from topogpt.files import sha256
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,42 +94,42 @@ def places_of(subject: Subject) -> dict[str, Places]:
     return found
 
 
-def neighbour_pairs(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both cells of each pair of neighbours (queen) of a grid, each pair once."""
-    cells = np.arange(h * w).reshape(h, w)
-    pairs = [(cells[:, :-1], cells[:, 1:]), (cells[:-1], cells[1:])]
-    pairs += [(cells[:-1, :-1], cells[1:, 1:]), (cells[:-1, 1:], cells[1:, :-1])]
-    first, second = zip(*pairs, strict=True)
-    return tuple(np.concatenate([one.ravel() for one in side]) for side in (first, second))
+class Sheet:
+    """Where a matrix connects: what is the same for every wiring of it."""
 
-
-def unit_square(position: np.ndarray) -> np.ndarray:
-    return (position + 0.5) / topo.grid_of(position)
+    def __init__(self, places: Places) -> None:
+        self.grid = topo.grid_of(places.outputs)
+        self.units = topo.units_by_cell(places.outputs)
+        self.near = measures.edges(*self.grid, "queen")
+        self.distances = None  # (inputs, cells)
+        if places.inputs is not None:
+            cells = topo.unit_square(places.outputs)[self.units]
+            apart = np.linalg.norm(cells[:, None] - topo.unit_square(places.inputs), axis=-1)
+            self.distances = apart.astype(np.float32).T
 
 
 class Wired:
-    """One matrix: what is the same however its units lie is computed once."""
+    """A wiring of one matrix: what is the same however its units lie is computed once."""
 
-    def __init__(self, there: np.ndarray, places: Places) -> None:
+    def __init__(self, there: np.ndarray, sheet: Sheet) -> None:
         m = there.astype(np.float32)  # (out, in)
-        self.degrees = m.sum(axis=1)
-        self.grid = topo.grid_of(places.outputs)
-        self.units = topo.units_by_cell(places.outputs)
+        self.sheet, self.degrees = sheet, m.sum(axis=1)
         scale = np.divide(1, np.sqrt(self.degrees), out=np.zeros_like(self.degrees), where=self.degrees > 0)
         unit = m * scale[:, None]
         self.cosines = unit @ unit.T
-        self.lengths = None  # (units, cells): summed length of a unit's connections if it lay in a cell
-        if places.inputs is not None:
-            cells, inputs = unit_square(places.outputs)[self.units], unit_square(places.inputs)
-            distances = np.linalg.norm(cells[:, None] - inputs, axis=-1).astype(np.float32)
-            self.lengths = m @ distances.T
+        # (units, cells): summed length of a unit's connections if it lay in a cell
+        self.lengths = None if sheet.distances is None else m @ sheet.distances
+
+    def map(self, units: np.ndarray | None = None) -> np.ndarray:
+        """Connections of each unit, (h, w), with these units in the cells, row by row; None: as they lie."""
+        return self.degrees[self.sheet.units if units is None else units].reshape(self.sheet.grid)
 
     def measure(self, units: np.ndarray | None = None) -> dict[str, float]:
-        """With these units in the cells, row by row; None: as they lie."""
-        units = self.units if units is None else units
-        a, b = (units[cells] for cells in neighbour_pairs(*self.grid))
-        moran = topo.morans_i(self.degrees[units].reshape(self.grid))
-        found = {"shared": float(self.cosines[a, b].mean()), "moran": float(np.nan_to_num(moran))}
+        """MEASURES with these units in the cells, row by row; None: as they lie."""
+        units = self.sheet.units if units is None else units
+        near, moran = self.sheet.near, topo.morans_i(self.map(units))
+        shared = self.cosines[units[near.i], units[near.j]].mean()
+        found = {"shared": float(shared), "moran": float(np.nan_to_num(moran))}
         if self.lengths is not None:
             total = self.lengths[units, np.arange(len(units))].sum(dtype=float)
             found["length"] = float(total / max(self.degrees.sum(dtype=float), 1))
@@ -144,28 +140,26 @@ def analyse(cfg: ConnectionsConfig, subject: Subject) -> Outcome:
     from topogpt.model import connectome
 
     folder = wiring_folder(cfg, subject)
-    wiring = connectome.read(folder, subject.model.cfg).wiring
-    places = {name: p for name, p in places_of(subject).items() if name in wiring}
-    if not places:
+    grown = connectome.read(folder, subject.model.cfg)
+    sheets = {name: Sheet(p) for name, p in places_of(subject).items() if name in grown.wiring}
+    if not sheets:
         raise UserError(f"connectome = {folder} wires no matrix between sheets; grow one that exempts less")
-    wiring = {name: wiring[name] for name in places}
-    wired = {name: Wired(wiring[name].numpy() != 0, places[name]) for name in places}
+    wiring = {name: grown.wiring[name] for name in sheets}
+    wired = {name: Wired(wiring[name].numpy() != 0, sheet) for name, sheet in sheets.items()}
     values = {name: matrix.measure() for name, matrix in wired.items()}
     draws: dict[str, list[dict[str, dict[str, float]]]] = {"shuffled": [], "random": []}
     rng = np.random.default_rng(cfg.seed)
     for _ in range(cfg.n_shuffles):
-        draws["shuffled"].append({n: w.measure(rng.permutation(w.units)) for n, w in wired.items()})
+        draws["shuffled"].append({n: w.measure(rng.permutation(w.sheet.units)) for n, w in wired.items()})
     for k in range(cfg.n_random):
         random = connectome.random_wiring(wiring, cfg.seed + k)
-        draws["random"].append({n: Wired(random[n].numpy() != 0, places[n]).measure() for n in places})
-    kinds = {kind: summed(names, values, draws) for kind, names in by_kind(places).items()}
+        draws["random"].append({n: Wired(random[n].numpy() != 0, s).measure() for n, s in sheets.items()})
+    kinds = {kind: summed(names, values, draws) for kind, names in by_kind(sheets).items()}
     results = {
         "connectome": str(folder),
         "kept": connectome.Connectome(wiring).kept,
-        "kinds": {
-            kind.removeprefix("transformer.h.*.").removesuffix(".weight"): k for kind, k in kinds.items()
-        },
-        "by_matrix": {name: summed([name], values, draws) for name in places},
+        "kinds": {short(kind): found for kind, found in kinds.items()},
+        "by_matrix": {name: summed([name], values, draws) for name in sheets},
     }
     summary = {}
     for kind, found in results["kinds"].items():
@@ -173,8 +167,8 @@ def analyse(cfg: ConnectionsConfig, subject: Subject) -> Outcome:
             if key in found:
                 summary[f"{said}, {kind}"] = found[key]["value"]
                 summary[f"the same, random wiring, {kind}"] = found[key]["random"]
-    maps = {n: w.degrees[w.units].reshape(w.grid) for n, w in wired.items()}
-    data = {str(folder / connectome.FILE): sha256(folder / connectome.FILE)}
+    maps = {name: matrix.map() for name, matrix in wired.items()}
+    data = {str(folder / connectome.FILE): grown.about["sha256"]}
     return Outcome(protocol_of(cfg) | PROTOCOL, data, results, maps, summary)
 
 
@@ -199,6 +193,11 @@ def summed(
             found[key] |= {null: float(means.mean()), f"{null}_sd": float(means.std())}
             found[key][f"p_{null}"] = float((1 + (sign * means >= sign * value).sum()) / (1 + len(means)))
     return found
+
+
+def short(name: str) -> str:
+    """mlp.c_fc of transformer.h.*.mlp.c_fc.weight, and h.3.mlp.c_fc of that of a layer."""
+    return name.removeprefix("transformer.").removeprefix("h.*.").removesuffix(".weight")
 
 
 def wiring_folder(cfg: ConnectionsConfig, subject: Subject) -> Path:
@@ -253,7 +252,7 @@ def every_matrix(found: Sequence[Result]) -> Table:
         head += [label for about in ("", ", units shuffled") for label in labels(found, f": {said}{about}")]
     rows = []
     for name in found[0].results["by_matrix"]:
-        rows.append([name.removeprefix("transformer.").removesuffix(".weight")])
+        rows.append([short(name)])
         for key in MEASURES:
             for part in ("value", "shuffled"):
                 for r in found:
@@ -275,7 +274,7 @@ def cards(found: Sequence[Result]) -> list[Card]:
 def draw(found: Sequence[Result]) -> Iterator[Drawing]:
     kinds = by_kind(found[0].results["by_matrix"])
     columns = max(map(len, kinds.values()))
-    figure = new_figure(1.25 * columns + 1.2, 1.35 * len(kinds) * len(found) + 0.4)
+    figure = drawing.new_figure(1.25 * columns + 1.2, 1.35 * len(kinds) * len(found) + 0.4)
     axes = figure.subplots(len(kinds) * len(found), columns, squeeze=False)
     for row, (r, kind) in enumerate((r, kind) for r in found for kind in kinds):
         names = kinds[kind]
@@ -284,11 +283,10 @@ def draw(found: Sequence[Result]) -> Iterator[Drawing]:
             axis.set_yticks([])
         for axis, name in zip(axes[row], names, strict=False):
             grid = r.arrays[name] / max(r.arrays[name].mean(), 1)
-            image = axis.imshow(grid, cmap="RdBu_r", vmin=0.5, vmax=1.5, interpolation="nearest")
+            image = axis.imshow(grid, cmap=drawing.colours(), vmin=0.5, vmax=1.5, interpolation="nearest")
             if row == 0:
                 axis.set_title(f"layer {names.index(name)}")
-        title = kind.removeprefix("transformer.h.*.").removesuffix(".weight")
-        axes[row][0].set_ylabel(f"{r.label}\n{title}" if len(found) > 1 else title)
+        axes[row][0].set_ylabel(f"{r.label}\n{short(kind)}" if len(found) > 1 else short(kind))
     bar = figure.colorbar(image, ax=axes, extend="both", shrink=0.6, pad=0.01)
     bar.set_label("connections of a unit, over their mean")
     figure.suptitle("Where the surviving connections are", fontsize=9)

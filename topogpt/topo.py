@@ -44,6 +44,11 @@ def grid_of(position: np.ndarray) -> tuple[int, int]:
     return int(h), int(w)
 
 
+def unit_square(position: np.ndarray) -> np.ndarray:
+    """Positions (n_units, 2) with the sides of their grid from 0 to 1: grids of any size lie on each other."""
+    return (position + 0.5) / grid_of(position)
+
+
 def units_by_cell(position: np.ndarray) -> np.ndarray:
     """Which unit lies in each cell of the grid, row by row: the inverse of positions, (n_units,) int64.
 

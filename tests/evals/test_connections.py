@@ -10,8 +10,9 @@ import tiny
 import torch
 
 from evals import connections
-from evals.connections import ConnectionsConfig, Places, Wired, places_of
+from evals.connections import ConnectionsConfig, Places, Sheet, Wired, places_of
 from topogpt import topo
+from topogpt.analysis import measures
 from topogpt.errors import UserError
 from topogpt.model import connectome
 from topogpt.runs.checkpoint import load_run
@@ -43,13 +44,13 @@ def test_against_loops(kind):
     there = np.random.default_rng(0).random((20, 12)) < 0.3
     there[3] = False  # a unit without any
     places = Places(topo.positions(kind, 20, 1, "a"), topo.positions(kind, 12, 1, "b"))
-    found = Wired(there, places).measure()
+    found = Wired(there, Sheet(places)).measure()
     assert found == pytest.approx(plain(there, places), abs=1e-6)
-    assert "length" not in Wired(there, places._replace(inputs=None)).measure()
+    assert "length" not in Wired(there, Sheet(places._replace(inputs=None))).measure()
 
 
 def test_pairs_of_neighbours():
-    pairs = {frozenset(pair) for pair in zip(*connections.neighbour_pairs(3, 4), strict=True)}
+    pairs = {frozenset(pair) for pair in zip(*measures.edges(3, 4, "queen")[:2], strict=True)}
     near = [np.abs(np.subtract(np.divmod(a, 4), np.divmod(b, 4))).max() for a, b in map(sorted, pairs)]
     assert len(pairs) == 3 * 3 + 2 * 4 + 2 * 6 == len(near) and set(near) == {1}
 
@@ -85,7 +86,7 @@ def run(tmp_path_factory):
         places, draw = places_of_identity(cfg).get(name), np.random.default_rng(len(wiring))
         chance = draw.random(shape)
         if "c_fc" in name:
-            a, b = connections.unit_square(places.outputs), connections.unit_square(places.inputs)
+            a, b = topo.unit_square(places.outputs), topo.unit_square(places.inputs)
             chance = np.linalg.norm(a[:, None] - b, axis=-1)
         there = chance <= np.quantile(chance, 0.25)
         wiring[name] = torch.from_numpy(there.astype(np.int8))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from topogpt.spatial.weights import WeightConfig, WeightLoss
-from topogpt.topo import grid_shape
+from topogpt.topo import positions, unit_square
 
 
 def wiring_loss(weight: Tensor, distance: Tensor) -> Tensor:
@@ -22,16 +22,9 @@ def wiring_loss(weight: Tensor, distance: Tensor) -> Tensor:
     return torch.dot(weight.abs().flatten(), distance.flatten().to(weight.dtype)) / weight.numel()
 
 
-def unit_square(n_units: int) -> np.ndarray:
-    """Row and column of each unit of a sheet, (n_units, 2), the sheet's sides being 0 to 1."""
-    h, w = grid_shape(n_units)
-    row, column = np.divmod(np.arange(n_units), w)
-    return np.stack([(row + 0.5) / h, (column + 0.5) / w], axis=1)
-
-
 def distances(n_out: int, n_in: int) -> Tensor:
     """Euclidean distances between units of two sheets on the unit square, (n_out, n_in) float32."""
-    a, b = (unit_square(n) for n in (n_out, n_in))
+    a, b = (unit_square(positions("identity", n, 0, "")) for n in (n_out, n_in))
     squares = np.square(a[:, None, 0] - b[:, 0]) + np.square(a[:, None, 1] - b[:, 1])
     return torch.from_numpy(np.sqrt(squares).astype(np.float32))
 
