@@ -18,7 +18,7 @@ from pathlib import Path
 
 from topogpt.config import parse
 from topogpt.errors import UserError, run_main
-from topogpt.files import similar
+from topogpt.runs.folder import check_there
 from topogpt.settings import ExportConfig
 from topogpt.sharing import wirings
 from topogpt.sharing.export import export
@@ -31,9 +31,7 @@ def main(argv: list[str]) -> None:
     source = Path(cfg.run)
     if cfg.private and cfg.push_to_hf is None:
         raise UserError("private = True has no effect without --push_to_hf; add that, or leave --private out")
-    if not source.is_dir():
-        otherwise = "give the folder of a run, such as out/NAME"
-        raise UserError(f"run {source} does not exist; {similar(source, otherwise)}")
+    check_there(source)
     if (source / "topography.json").is_file() or (source.name == "hf" and wirings.is_connectome(source)):
         return push_exported(cfg, source)
     repo_id = trouble = None

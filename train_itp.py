@@ -11,14 +11,13 @@ out/NAME itself is the connectome after the last (topogpt/model/connectome.py), 
 import dataclasses
 import math
 import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topogpt.config import parse, to_yaml
 from topogpt.errors import run_main
-from topogpt.files import read_json, write_json, write_text
+from topogpt.files import copy, read_json, write_json, write_text
 from topogpt.model import connectome
 from topogpt.model.cost import weight_shapes
 from topogpt.runs import folder, lock
@@ -152,13 +151,6 @@ def starting_weights(settings: TrainConfig, ranks: "Ranks") -> dict[str, Any]:
 
     t = setup.build(dataclasses.replace(settings, resume=False, compile="off"), ranks)
     return {name: p.detach().cpu().clone() for name, p in t.model.named_parameters()}
-
-
-def copy(source: Path, target: Path) -> None:
-    from topogpt.files import whole
-
-    with whole(target) as part:
-        shutil.copyfile(source, part)
 
 
 def keep(cfg: ItpConfig, corpora: preflight.Checked, rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,8 +151,8 @@ def test_one_rank_resumes_what_two_began_with_the_same_data_order(folder, tmp_pa
     assert [start["world_size"] for start in starts] == [2, 1]
 
 
-def terminate_rank_1(step: int) -> None:
-    """The loader of rank 1 receives SIGTERM when it is asked for a step."""
+def to_rank_1(accident: Callable[[], None], step: int) -> None:
+    """Have an accident in rank 1 when its loader is asked for a step."""
     from topogpt.text import loader as data
 
     steps = data.TokenLoader.steps
@@ -159,39 +160,33 @@ def terminate_rank_1(step: int) -> None:
     def wrapped(self, start_step):
         for i, batches in enumerate(steps(self, start_step), start=start_step):
             if i == step and self.ranks.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+                accident()
             yield batches
 
     data.TokenLoader.steps = wrapped
 
 
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def lose_parent() -> None:
+    """As after SIGKILL to torchrun."""
+    os.getppid = lambda: 1
+
+
 def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(folder, tmp_path):
     cfg = tiny.config(folder, "one_told", save_every=100)
-    accident = functools.partial(terminate_rank_1, 6)
+    accident = functools.partial(to_rank_1, terminate, 6)
     codes = tiny.run_in_child(tiny.train_after, accident, cfg, world=2, output=tmp_path / "output")
     assert codes == [0, 0], (tmp_path / "output").read_text()
     assert (tiny.folder_of(cfg) / "last").resolve().name == "step-000007"
     assert tiny.records(tiny.folder_of(cfg))[-1]["step"] == 7
 
 
-def lose_parent(step: int) -> None:
-    """The parent of rank 1 is gone when its loader is asked for a step, as after SIGKILL to torchrun."""
-    from topogpt.text import loader as data
-
-    steps = data.TokenLoader.steps
-
-    def wrapped(self, start_step):
-        for i, batches in enumerate(steps(self, start_step), start=start_step):
-            if i == step and self.ranks.rank == 1:
-                os.getppid = lambda: 1
-            yield batches
-
-    data.TokenLoader.steps = wrapped
-
-
 def test_ranks_whose_parent_is_gone_save_and_end(folder, tmp_path):
     cfg = tiny.config(folder, "orphans", save_every=100)
-    accident = functools.partial(lose_parent, 6)
+    accident = functools.partial(to_rank_1, lose_parent, 6)
     codes = tiny.run_in_child(tiny.train_after, accident, cfg, world=2, output=tmp_path / "output")
     assert codes == [0, 0], (tmp_path / "output").read_text()
     assert (tiny.folder_of(cfg) / "last").resolve().name == "step-000007"

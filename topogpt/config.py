@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -302,6 +302,17 @@ def text_loader() -> type:
         TextLoader.add_constructor(f"tag:yaml.org,2002:{kind}", TextLoader.construct_scalar)
     TextLoader.add_constructor("tag:yaml.org,2002:bool", TextLoader.construct_yaml_bool)
     return TextLoader
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names; lists as tuples."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def to_yaml(cfg: object) -> str:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,11 @@ def leftovers(path: Path) -> list[Path]:
 def write_bytes(path: Path, data: bytes, *, first: bool = False) -> None:
     with whole(path, first=first) as part:
         part.write_bytes(data)
+
+
+def copy(source: Path, target: Path) -> None:
+    with whole(target) as part:
+        shutil.copyfile(source, part)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -45,7 +45,7 @@ def grid_of(position: np.ndarray) -> tuple[int, int]:
 
 
 def unit_square(position: np.ndarray) -> np.ndarray:
-    """Positions (n_units, 2) with the sides of their grid from 0 to 1: grids of any size lie on each other."""
+    """Positions (n_units, 2) with the sides of their grid from 0 to 1: any two grids lie on each other."""
     return (position + 0.5) / grid_of(position)
 
 

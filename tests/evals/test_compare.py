@@ -18,6 +18,7 @@ from topogpt.analysis import comparison, compression, measures, reading, sidebys
 from topogpt.analysis.results import read
 from topogpt.analysis.sidebyside import Value
 from topogpt.analysis.subject import Subject
+from topogpt.config import flat
 from topogpt.errors import user_errors
 from topogpt.model.gpt import GPT, sheet_names
 from topogpt.settings import CompressConfig, GPTConfig
@@ -213,7 +214,7 @@ def test_by_says_what_is_one_objective(plant, fixed, capsys):
 
 def test_the_settings_that_a_loss_reads_are_settings():
     assert comparison.READ_BY.keys() <= comparison.known().keys()
-    everything = comparison.flat({"topo": {}, **{k: 0 for k in comparison.ELSEWHERE}})
+    everything = flat({"topo": {}, **{k: 0 for k in comparison.ELSEWHERE}})
     assert not everything.keys() & comparison.known().keys()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from topogpt.config import flat
 from topogpt.errors import UserError
 from topogpt.settings import GPTConfig, TrainConfig
 
@@ -102,17 +103,6 @@ def rises(losses: Sequence[float]) -> int:
             break
         n += 1
     return n
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names; lists as tuples."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = tuple(value) if isinstance(value, list) else value
-    return found
 
 
 def known() -> dict[str, Any]:

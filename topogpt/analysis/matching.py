@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from topogpt.analysis import comparison
 from topogpt.analysis.subject import Subject
+from topogpt.config import flat
 from topogpt.runs.folder import read_metrics
 
 TEXTS = ("train_data_dir", "val_data_dir")
@@ -32,11 +33,11 @@ def trained(subject: Subject) -> Trained | None:
     path, config = subject.checkpoint / "state.json", subject.settings
     state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     records = read_metrics(subject.checkpoint.parents[1], "val") if state else []
-    flat = comparison.flat(config)
+    there = flat(config)
     names = (*comparison.SEEDS, *comparison.known())
     return Trained(
         subject.label,
-        {k: flat.get(k, comparison.known().get(k)) for k in names if k not in TEXTS},
+        {k: there.get(k, comparison.known().get(k)) for k in names if k not in TEXTS},
         {key: (" ".join(config[key]), state.get("data", {}).get(key)) for key in TEXTS},
         state["train_state"]["step"] if state else None,
         records[-1]["step"] if records else None,

@@ -33,11 +33,15 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def find_checkpoint(run: Path, which: str = "best") -> Path:
-    """Folder of a run's checkpoint; `which` is best, last or step-N."""
+def check_there(run: Path) -> None:
     if not run.is_dir():
         otherwise = "give the folder of a run, such as out/NAME"
         raise UserError(f"run {run} does not exist; {similar(run, otherwise)}")
+
+
+def find_checkpoint(run: Path, which: str = "best") -> Path:
+    """Folder of a run's checkpoint; `which` is best, last or step-N."""
+    check_there(run)
     if which.startswith("step-"):
         folder = step_folder(run, int(which[5:])) if which[5:].isdecimal() else run / "checkpoints" / which
     elif which in ("best", "last"):

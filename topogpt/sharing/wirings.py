@@ -1,11 +1,10 @@
 """A connectome as a folder that can be pushed to the Hub: its files, how it came to be, and a card."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from topogpt.errors import UserError
-from topogpt.files import read_json, whole, write_text
+from topogpt.files import copy, read_json, write_text
 from topogpt.model import connectome
 from topogpt.settings import GPTConfig
 
@@ -37,8 +36,7 @@ def export(source: Path, out: str | Path | None = None, repo_id: str | None = No
     write_text(target / "README.md", card(repo_id or "USER/NAME", record, grown.get("generations", [])))
     for name in names:
         if (source / name).is_file():
-            with whole(target / name) as part:
-                shutil.copyfile(source / name, part)
+            copy(source / name, target / name)
     return target
 
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from topogpt.config import flat
 from topogpt.errors import UserError
 from topogpt.model import connectome
 from topogpt.model.lora import check_peft, layers_to_adapt
@@ -209,17 +210,6 @@ def changed_settings(cfg: TrainConfig, saved: dict[str, Any]) -> tuple[str, ...]
     was = flat(dataclasses.asdict(TrainConfig(run_name=cfg.run_name))) | flat(saved)
     names = [key for key in now if key not in OF_A_START and now[key] != was.get(key)]
     return tuple(f"resume: {key} = {now[key]} (until now {was.get(key)})" for key in names)
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Keys of sections as optim.lr, lists as tuples."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = tuple(value) if isinstance(value, list) else value
-    return found
 
 
 def check_same_section(now: Any, section: str, saved: dict[str, Any], start: str = "") -> None:
