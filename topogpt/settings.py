@@ -297,6 +297,7 @@ class ItpConfig(TrainConfig):
         for name, remedy in (
             ("connectome", "train_itp.py makes one"),
             ("lora_rank", "adapters are not pruned"),
+            ("checkpoint", "a generation continues from its newest one"),
             ("push_to_hf", "push a generation with export.py out/NAME/generation-N --push_to_hf USER/NAME"),
         ):
             if getattr(self, name):

@@ -32,6 +32,13 @@ def changed(run: Path, **config: Any) -> Path:
     return run
 
 
+def test_the_checkpoint_a_run_was_resumed_from_is_no_setting_it_differs_in(tmp_path):
+    model = tiny.random_run(tmp_path, "model", vocab_size=tiny.VOCAB)
+    control = tiny.random_run(tmp_path, "control", seed=1, vocab_size=tiny.VOCAB)
+    plain = said(model, control)
+    assert said(changed(model, checkpoint="step-5"), control) == plain
+
+
 def said(model: Path, control: Path | None = None) -> list[str]:
     given = TopographyConfig(run=str(model), control=str(control) if control else None)
     return notes(load_subjects(given))

@@ -143,6 +143,7 @@ def of_two(cfg: ItpConfig) -> None:
         ({"generations": 0}, "generations = 0 must be"),
         ({"prune": 1.0}, "prune = 1.0 must be above 0 and below 1"),
         ({"connectome": "x"}, "connectome has no place here"),
+        ({"resume": True, "run_name": "whole", "checkpoint": "last"}, "checkpoint has no place here"),
         ({"exempt": ("x",)}, "exempt = x matches no matrix"),
         ({"exempt": ("*",)}, r"exempt = \* leaves no matrix"),
         ({"resume": True, "run_name": "whole", "prune": 0.3}, "resume: prune = 0.3, but .* with 0.2"),

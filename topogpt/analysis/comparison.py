@@ -17,8 +17,8 @@ from topogpt.settings import GPTConfig, TrainConfig
 
 SEEDS = ("seed", "topo.seed")
 # Where a run lies, how it is shown, on which machine it ran: no part of what was trained.
-ELSEWHERE = """run_name out_dir resume overwrite wandb wandb_project push_to_hf push_every device compile
-    deterministic log_every save_every keep_last max_skipped val_data_dir""".split()
+ELSEWHERE = """run_name out_dir resume overwrite checkpoint wandb wandb_project push_to_hf push_every device
+    compile deterministic log_every save_every keep_last max_skipped val_data_dir""".split()
 # Settings that only these losses read.
 READ_BY = {
     "topo.weight": ("topolm",),
